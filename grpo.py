@@ -1,0 +1,101 @@
+"""GRPO: group-relative advantages and the clipped, masked, token-normalised policy loss.
+
+Sample G answers to one question; what is better than its siblings becomes likelier, what is
+worse less likely. No value network: the group's mean is the baseline.
+
+Equations (R_i reward of trajectory i of a group, m its loss_mask, rho its probability ratio)
+
+    A_i     = (R_i - mean(R)) / (std(R) + eps)                       std with ddof 1
+    rho_it  = exp(log pi_theta(y_it) - log pi_old(y_it))             pi_old sampled y
+    l_it    = -min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i)  [+ beta k3_it]
+    k3      = exp(x) - x - 1,   x = log pi_ref - log pi_theta        at least 0, 0 where equal
+    loss    = token:   sum_it m_it l_it / sum_it m_it    over the whole optimisation batch
+              grpo:    mean over i of (sum_t m_it l_it / sum_t m_it)
+              dr_grpo: sum_it m_it l_it / (B * L)        L a constant length
+
+"The loss is zero, is it learning?" At the first update of a batch rho = 1, and the loss is
+minus the mean of the advantages, which is about 0 by construction: it says nothing. Its
+gradient is -A_i times the gradient of log pi(y_it), which is not 0: watch the reward.
+
+Deviations from the paper
+    1. beta is 0 by default; Search-R1, whose recipe the paper follows, uses .001. Its k3 is
+       to the policy the run started from.
+    2. The paper does not state its normalisation. Ours is `token`: one division for the whole
+       batch, so the gradient does not depend on the micro-batch size.
+    3. Trajectories of a group without variance have A = 0 and so no gradient; a caller may
+       skip their forward pass, but their tokens stay in the divisor, as in the plain formula.
+"""
+
+import torch
+
+
+def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """(Q, G) rewards -> (Q, G) advantages; 0 where all rewards of a group are equal or G = 1.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]))
+    tensor([[ 1.7889, -0.4472, -0.4472, -0.4472, -0.4472]])
+    """
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    if rewards.shape[1] == 1:
+        return torch.zeros_like(rewards)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (Q, G)
+    scaled = centred / (rewards.std(dim=1, keepdim=True) + eps)  # (Q, G), ddof 1
+    # Rounding leaves .1 + .1 + .1 a hair off its mean: a group of equals is exactly 0.
+    equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
+    return torch.where(equal, 0.0, scaled)
+
+
+def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """log pi(y_t): (B, T, V) logits that predict the ids (B, T) -> (B, T)."""
+    return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def token_entropies(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of each position's distribution: (B, T, V) -> (B, T)."""
+    logp = torch.log_softmax(logits, dim=-1)  # (B, T, V)
+    return -(logp.exp() * logp).sum(-1)
+
+
+def grpo_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, loss_mask: torch.Tensor, *,
+    clip_eps: float = 0.2, ref_logprobs: torch.Tensor | None = None, kl_coef: float = 0.0,
+    norm: str = "token", max_len: int | None = None, num_tokens: float | None = None,
+) -> tuple[torch.Tensor, dict]:  # fmt: skip
+    """The loss of the equations above, and statistics of it.
+
+    logprobs, old_logprobs, loss_mask (and ref_logprobs): (B, T); advantages: (B,). Position t
+    belongs to response token t. num_tokens: the divisor of norm "token"; pass the whole
+    batch's count when it comes in pieces. max_len: L of dr_grpo (None: T). Masked positions
+    may hold anything. stats: clip_frac (share of policy tokens whose gradient the clip stops),
+    kl (mean k3, where ref_logprobs are given), gap (largest |log rho|).
+
+    >>> old, mask = torch.log(torch.tensor([[0.5, 0.5]])), torch.ones(1, 2)
+    >>> new = torch.log(torch.tensor([[0.7, 0.5]])).requires_grad_()   # rho = 1.4, 1.0
+    >>> loss, stats = grpo_loss(new, old, torch.tensor([1.0]), mask)
+    >>> loss.backward(); round(loss.item(), 4), stats["clip_frac"], new.grad.tolist()
+    (-1.1, 0.5, [[0.0, -0.5]])
+    """
+    if kl_coef > 0 and ref_logprobs is None:
+        raise ValueError("kl_coef > 0 needs ref_logprobs")
+    inside = loss_mask.bool()  # (B, T)
+    signal = advantages[:, None]  # (B, 1)
+    log_ratio = torch.where(inside, logprobs - old_logprobs, 0.0)  # (B, T)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    losses = -torch.minimum(ratio * signal, clipped * signal)  # (B, T)
+    count = inside.sum().clamp(min=1)
+    stopped = inside & (clipped * signal < ratio * signal)
+    stats = {"clip_frac": (stopped.sum() / count).item(), "gap": log_ratio.detach().abs().max().item()}
+    if ref_logprobs is not None:
+        x = torch.where(inside, ref_logprobs - logprobs, 0.0)  # (B, T)
+        k3 = x.exp() - x - 1
+        losses = losses + kl_coef * k3
+        stats["kl"] = (k3.detach().sum() / count).item()
+    losses = torch.where(inside, losses, 0.0)  # (B, T)
+    if norm == "token":
+        return losses.sum() / (num_tokens or count), stats
+    if norm == "grpo":
+        return (losses.sum(1) / inside.sum(1).clamp(min=1)).mean(), stats
+    if norm == "dr_grpo":
+        return losses.sum() / (len(losses) * (max_len or losses.shape[1])), stats
+    raise ValueError(f"norm is token, grpo or dr_grpo, not {norm!r}")

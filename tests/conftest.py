@@ -1,0 +1,75 @@
+"""Shared by the tests: the micro model, a random one of its shape, and a corpus of three passages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network, and a wrong name should fail at once
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from retriever import BM25, Passage, load_corpus  # noqa: E402
+from rollout import load_model  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def micro():
+    """(model, tokenizer) of micro/model. Do not train it: it is shared."""
+    return load_model(str(ROOT / "micro/model"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(micro):
+    return micro[1]
+
+
+@pytest.fixture
+def random_model():
+    """A fresh model of micro/model's shape with random weights: it babbles."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "micro/model")).eval()
+
+
+@pytest.fixture(scope="session")
+def micro_index():
+    return BM25(load_corpus(ROOT / "micro/corpus.jsonl"))
+
+
+@pytest.fixture
+def three():
+    return BM25(
+        [
+            Passage("0", "Ada Lovelace", "Ada Lovelace wrote about the Analytical Engine of Charles Babbage."),
+            Passage("1", "Charles Babbage", "Charles Babbage was born in London."),
+            Passage("2", "London", "London lies on the Thames."),
+        ]
+    )
+
+
+@pytest.fixture
+def command():
+    """Run a script of the repository; the finished process, with its text."""
+
+    def run(*args, cwd=ROOT):
+        return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """Run a script that must refuse its input: one line on standard error, exit status 2."""
+
+    def run(*args):
+        done = command(*args)
+        assert done.returncode == 2, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        return done.stderr
+
+    return run

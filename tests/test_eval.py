@@ -1,0 +1,115 @@
+"""eval.py: SQuAD's scores on worked examples, what counts as supported, and the loader of questions."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+from eval import evaluate, exact_match, f1_score, load_questions, normalize_answer, score, supported
+from retriever import BadInput, Passage
+from rollout import Trajectory
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Beatles", "beatles"),
+        ("  a  CAT, an owl; the dog ", "cat owl dog"),
+        ("U.S.A.", "usa"),
+        ("theatre", "theatre"),  # an article only as a whole word
+        ("Café—Noir", "café—noir"),  # the dash is not ASCII: it stays
+        ("the", ""),
+        ("", ""),
+        ("1,000", "1000"),
+    ],
+)
+def test_normalisation(text, expected):
+    assert normalize_answer(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golden", "em", "f1"),
+    [
+        ("Paris", ["Paris"], 1.0, 1.0),
+        ("the paris!", ["London", "Paris"], 1.0, 1.0),
+        ("Paris France", ["Paris"], 0.0, 2 / 3),  # precision 1/2, recall 1
+        ("a b c", ["b c d e"], 0.0, 4 / 6),  # the article goes: 2 shared of 2, of 4
+        ("to be to be", ["to be"], 0.0, 2 / 3),  # a bag: precision 2/4, recall 1
+        ("Zürich", ["Zurich"], 0.0, 0.0),  # no folding
+        ("", ["Paris"], 0.0, 0.0),
+        (None, ["Paris"], 0.0, 0.0),
+        ("the", ["the"], 0.0, 0.0),  # empty once normalised
+    ],
+)
+def test_scores_against_worked_examples(prediction, golden, em, f1):
+    assert exact_match(prediction, golden) == em
+    assert f1_score(prediction, golden) == pytest.approx(f1)
+
+
+def answered(answer, *texts, queries=()):
+    found = [[Passage(str(i), "", text) for i, text in enumerate(texts)]]
+    return Trajectory("?", [], answer=answer, passages=found, queries=list(queries))
+
+
+def test_supported_means_in_an_own_passage_as_whole_words():
+    assert supported(answered("The Rome", "nothing", "He went to Rome."))
+    assert not supported(answered("Rome", "the Romeo"))
+    assert not supported(answered("Rome"))
+    assert not supported(answered(None, "Rome"))
+    assert not supported(answered("the", "the"))
+
+
+def test_score_adds_up():
+    questions = [{"golden_answers": ["Rome"], "hops": 1}, {"golden_answers": ["Oslo"], "hops": 2}, {"golden_answers": ["x"], "hops": 2}]
+    rows = [answered("Rome", "Rome", queries=["q"]), answered("Oslo", "Rome", queries=["q", "r"]), answered(None)]
+    result = score(questions, rows)
+    assert result["em"] == result["f1"] == pytest.approx(2 / 3)
+    assert result["em_supported"] == pytest.approx(1 / 3)  # Oslo was a guess
+    assert (result["searches"], result["answered"], result["n"]) == (1, pytest.approx(2 / 3), 3)
+    assert result["em_by"] == {"1": 1.0, "2": 0.5}
+    with pytest.raises(ValueError):
+        score(questions, rows[:2])
+
+
+def test_questions_plain_and_gz(tmp_path):
+    row = {"id": 3, "question": "Who?", "golden_answers": ["me"], "hops": 2}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    with gzip.open(tmp_path / "q.jsonl.gz", "wt") as file:
+        file.write(json.dumps(row))
+    assert load_questions(str(tmp_path / "q.jsonl")) == load_questions(str(tmp_path / "q.jsonl.gz")) == [{**row, "id": "3"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"golden_answers": ["x"]}', 'q.jsonl:1: "question" is missing'),
+        ('{"question": " ", "golden_answers": ["x"]}', 'q.jsonl:1: "question" is missing'),
+        ('{"question": "Who?"}', 'q.jsonl:1: "golden_answers" must'),
+        ('{"question": "Who?", "golden_answers": []}', 'q.jsonl:1: "golden_answers" must'),
+        ('{"question": "Who?", "golden_answers": "me"}', 'q.jsonl:1: "golden_answers" must'),
+        ('{"question": "Who?", "golden_answers": [""]}', 'q.jsonl:1: "golden_answers" must'),
+        ("{", "q.jsonl:1: not a line of JSON"),
+        ("", "no questions in it"),
+    ],
+)
+def test_malformed_questions_are_refused_with_their_line(tmp_path, line, message):
+    (tmp_path / "q.jsonl").write_text(line)
+    with pytest.raises(BadInput, match=re.escape(message)):
+        load_questions(str(tmp_path / "q.jsonl"))
+
+
+def test_evaluate_is_greedy_and_deterministic(micro, micro_index):
+    questions = load_questions("micro/validation.jsonl")[:8]
+    first, second = (evaluate(*micro, micro_index, questions) for _ in range(2))
+    assert first == second and first["n"] == 8 and 0 <= first["em"] <= 1
+
+
+def test_the_command(command, refused, tmp_path):
+    ask = ["eval.py", "--model", "micro/model", "--questions", "micro/test.jsonl", "--corpus", "micro/corpus.jsonl"]
+    done = command(*ask, "--limit", 3)
+    assert done.returncode == 0 and json.loads(done.stdout)["n"] == 3
+    assert "no such file" in refused(*ask[:3], "--questions", "nowhere", *ask[5:])
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    assert "cannot load" in refused("eval.py", "--model", tmp_path, *ask[3:])
+    assert "not a model folder" in refused("eval.py", "--model", "tests", *ask[3:])

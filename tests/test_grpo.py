@@ -1,0 +1,149 @@
+"""grpo.py against numbers worked by hand, in the comments, and against autograd in float64."""
+
+import math
+
+import pytest
+import torch
+
+from grpo import group_advantages, grpo_loss, token_entropies, token_logprobs
+
+
+def tensor(*rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_advantages_worked_by_hand():
+    # mean .2, std (ddof 1) = sqrt((.8^2 + 4 * .2^2) / 4) = .4472; .8 / .4472 = 1.7889
+    found = group_advantages(torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 0, 0, 0]]))
+    assert found[0].tolist() == pytest.approx([1.7889, *[-0.4472] * 4], abs=1e-4)
+    # mean .4, std = sqrt((2 * .36 + 3 * .16) / 4) = .5477
+    assert found[1].tolist() == pytest.approx([1.0954] * 2 + [-0.7303] * 3, abs=1e-4)
+
+
+def test_groups_without_variance_and_groups_of_one_teach_nothing():
+    assert group_advantages(torch.tensor([[1.0, 1, 1], [0, 0, 0], [0.1, 0.1, 0.1]])).eq(0).all()
+    assert group_advantages(torch.tensor([[1.0], [0.0]])).tolist() == [[0.0], [0.0]]
+
+
+def test_advantages_are_relative_to_the_own_group_only():
+    both = group_advantages(torch.tensor([[1.0, 0, 0], [1, 1, 0]]))
+    assert torch.equal(both[:1], group_advantages(torch.tensor([[1.0, 0, 0]])))
+    assert both.sum(1).tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_logprobs_and_entropy_of_a_three_word_vocabulary():
+    logits = tensor([0.2, 0.3, 0.5]).log()[:, None] + 7.0  # (1, 1, 3); a constant changes nothing
+    assert token_logprobs(logits, torch.tensor([[2]])).item() == pytest.approx(math.log(0.5))
+    expected = -(0.2 * math.log(0.2) + 0.3 * math.log(0.3) + 0.5 * math.log(0.5))
+    assert token_entropies(logits).item() == pytest.approx(expected)
+
+
+def test_value_is_zero_but_the_gradient_is_not_at_ratio_one():
+    logprobs = tensor([-1.0, -2.0], [-0.5, -3.0]).requires_grad_()
+    loss, stats = grpo_loss(logprobs, logprobs.detach(), tensor([1.0, -1.0])[0], torch.ones(2, 2))
+    loss.backward()
+    assert loss.item() == 0.0
+    # d(-rho A)/d(log pi) = -A at rho = 1; four tokens share it
+    assert logprobs.grad.tolist() == [[-0.25, -0.25], [0.25, 0.25]]
+    assert stats == {"clip_frac": 0.0, "gap": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 1.0, -1.2, 0.0),  # good and already 1.5 times likelier: stopped
+        (1.5, -1.0, 1.5, 1.5),  # bad and likelier: pushed back, in full
+        (0.5, 1.0, -0.5, -0.5),  # good and less likely: pulled up, in full
+        (0.5, -1.0, 0.8, 0.0),  # bad and already half as likely: stopped
+        (1.1, 1.0, -1.1, -1.1),  # within the range
+        (0.9, -1.0, 0.9, 0.9),
+    ],
+)
+def test_the_clip_acts_only_on_the_side_where_it_should(ratio, advantage, loss, gradient):
+    logprobs = tensor([math.log(ratio)]).requires_grad_()
+    value, stats = grpo_loss(logprobs, tensor([0.0]), tensor([advantage])[0], torch.ones(1, 1), clip_eps=0.2)
+    value.backward()
+    assert value.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert stats["clip_frac"] == float(gradient == 0.0)
+
+
+def test_normalisations_by_hand():
+    # Lengths 2 and 4, token losses 1 and 2 (rho = 1, A = -1 and -2), L = 8:
+    # token (2 * 1 + 4 * 2) / 6, grpo (1 + 2) / 2, dr_grpo 10 / (2 * 8)
+    zeros, mask = torch.zeros(2, 5), torch.tensor([[1, 0, 1, 0, 0], [1, 1, 0, 1, 1]])
+    value = lambda **how: grpo_loss(zeros, zeros, torch.tensor([-1.0, -2.0]), mask, **how)[0].item()  # noqa: E731
+    assert value(norm="token") == pytest.approx(1.6667, abs=1e-4)
+    assert value(norm="grpo") == pytest.approx(1.5)
+    assert value(norm="dr_grpo", max_len=8) == pytest.approx(0.625)
+    assert value(norm="dr_grpo") == pytest.approx(1.0)  # L = T = 5
+    assert value(num_tokens=20) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="norm is"):
+        value(norm="mean")
+
+
+def test_k3_by_hand():
+    # x = log ref - log pi = ln 2: k3 = 2 - ln 2 - 1 = .3069, d k3 / d log pi = 1 - e^x = -1
+    logprobs = tensor([math.log(0.25)]).requires_grad_()
+    how = dict(ref_logprobs=tensor([math.log(0.5)]), kl_coef=0.1)
+    loss, stats = grpo_loss(logprobs, logprobs.detach(), tensor([0.0])[0], torch.ones(1, 1), **how)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)))
+    assert stats["kl"] == pytest.approx(1 - math.log(2))
+    assert logprobs.grad.item() == pytest.approx(-0.1)
+    assert grpo_loss(*[tensor([-1.0])] * 2, tensor([1.0])[0], torch.ones(1, 1), ref_logprobs=tensor([-1.0]))[1]["kl"] == 0
+    with pytest.raises(ValueError, match="needs ref_logprobs"):
+        grpo_loss(tensor([0.0]), tensor([0.0]), tensor([1.0])[0], torch.ones(1, 1), kl_coef=0.1)
+
+
+def random_batch(seed=0, sequences=6, size=9):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    old = -draw(sequences, size).abs()
+    new = old + 0.3 * draw(sequences, size)
+    return new, old, draw(sequences), (draw(sequences, size) > 0).long()
+
+
+def test_gradient_equals_the_closed_form_in_float64():
+    new, old, advantages, mask = random_batch()
+    new.requires_grad_()
+    loss, _ = grpo_loss(new, old, advantages, mask)
+    loss.backward()
+    ratio, signal = (new - old).exp().detach(), advantages[:, None]
+    stopped = ((signal > 0) & (ratio > 1.2)) | ((signal < 0) & (ratio < 0.8))
+    expected = torch.where(stopped | (mask == 0), 0.0, -ratio * signal) / mask.sum()
+    assert stopped.any() and torch.allclose(new.grad, expected, rtol=1e-12, atol=0)
+
+
+def test_information_tokens_have_no_part_in_loss_or_gradient():
+    new, old, advantages, mask = random_batch()
+    reference = new + 0.1
+    garbage = torch.where(mask == 1, new, torch.tensor([math.inf, -math.inf, math.nan]).double().repeat(6, 3))
+    results = []
+    for values in (new, garbage):
+        values = values.clone().requires_grad_()
+        loss, stats = grpo_loss(values, old, advantages, mask, ref_logprobs=reference, kl_coef=0.5)
+        loss.backward()
+        results.append((loss, stats, values.grad))
+        assert values.grad[mask == 0].eq(0).all()
+    assert results[0][0] == results[1][0] and results[0][1] == results[1][1]
+    assert torch.equal(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_gradient_does_not_depend_on_the_micro_batch_size(size):
+    new, old, advantages, mask = random_batch()
+    whole, parts = (new.clone().requires_grad_() for _ in range(2))
+    grpo_loss(whole, old, advantages, mask)[0].backward()
+    for i in range(0, len(new), size):
+        piece = slice(i, i + size)
+        grpo_loss(parts[piece], old[piece], advantages[piece], mask[piece], num_tokens=mask.sum())[0].backward()
+    assert torch.allclose(whole.grad, parts.grad, rtol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["token", "grpo", "dr_grpo"])
+def test_all_masked_is_zero_with_a_graph(norm):
+    values = torch.full((2, 3), math.nan, requires_grad=True)
+    loss, stats = grpo_loss(values, torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3), norm=norm)
+    loss.backward()
+    assert loss.item() == 0.0 and values.grad.eq(0).all() and stats["clip_frac"] == 0.0

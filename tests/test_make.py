@@ -1,0 +1,96 @@
+"""micro/: what its data and its model promise. The files are those that are committed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+MICRO = Path(__file__).resolve().parent.parent / "micro"
+sys.path.insert(0, str(MICRO))
+
+import make  # noqa: E402
+from eval import load_questions  # noqa: E402
+from retriever import load_corpus  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def sets():
+    return {name: load_questions(str(MICRO / f"{name}.jsonl")) for name in ("train", "validation", "test")}
+
+
+def test_sizes_and_hops(sets):
+    assert len(load_corpus(MICRO / "corpus.jsonl")) > 1000
+    assert len(sets["test"]) >= 400 and len(sets["validation"]) >= 200
+    for questions in sets.values():
+        assert {question["hops"] for question in questions} == {1, 2, 3}
+
+
+def test_no_question_occurs_twice_in_text_or_in_substance(sets):
+    rows = [question for questions in sets.values() for question in questions]
+    assert len({row["question"] for row in rows}) == len(rows)
+    assert len({(row["path"][0], *row["chain"]) for row in rows}) == len(rows)
+
+
+def test_half_of_the_test_questions_are_about_entities_no_other_question_mentions(sets):
+    held = [row for row in sets["test"] if row["held_out"]]
+    assert len(held) * 2 == len(sets["test"])
+    known = {name for part in ("train", "validation") for row in sets[part] for name in row["path"]}
+    assert not known & {name for row in held for name in row["path"]}
+
+
+def test_every_answer_can_be_found_by_following_the_passages(sets):
+    passages = {passage.title: passage.text for passage in load_corpus(MICRO / "corpus.jsonl")}
+    for row in (row for questions in sets.values() for row in questions):
+        assert row["path"][0] in row["question"] and row["path"][-1] == row["golden_answers"][0]
+        for here, there in zip(row["path"], row["path"][1:]):
+            assert there in passages[here]
+        assert row["golden_answers"][0] not in row["question"]
+
+
+def test_names_are_shared_so_that_half_a_name_finds_strangers(micro_index, sets):
+    first = 0
+    for row in sets["train"][:100]:
+        full, half = (micro_index.search([query], 1)[0][0].title for query in (row["path"][0], row["path"][0].split()[0]))
+        assert full == row["path"][0]
+        first += half == row["path"][0]
+    assert first < 50
+
+
+def test_the_committed_data_is_what_the_script_makes(tmp_path, command):
+    assert command("micro/make.py", "--data-only", "--out", tmp_path).returncode == 0
+    for name in ("corpus", "train", "validation", "test"):
+        assert (tmp_path / f"{name}.jsonl").read_text() == (MICRO / f"{name}.jsonl").read_text()
+
+
+def test_the_model_is_small_and_knows_no_fact(micro, sets):
+    """With a retriever that finds nothing it must be at a loss: the facts are invented."""
+    from types import SimpleNamespace
+
+    from eval import evaluate
+
+    model, tokenizer = micro
+    assert sum(p.numel() for p in model.parameters()) < 2_000_000
+    assert (MICRO / "model/model.safetensors").stat().st_size < 8_000_000
+    nothing = SimpleNamespace(search=lambda queries, k: [[] for _ in queries])
+    assert evaluate(model, tokenizer, nothing, sets["test"][:200])["em"] <= 0.05
+
+
+def test_the_demonstrations_are_clumsy_and_the_efficient_ones_are_right():
+    import random
+
+    rng = random.Random(0)
+    world = make.World(rng, make.name_pools(rng))
+    questions = [q for q in (world.question(rng, 2) for _ in range(300)) if q]
+    right = {}
+    for name, habits in (("clumsy", make.CLUMSY), ("efficient", make.EFFICIENT)):
+        plays = [make.demonstrate(rng, world, question, habits) for question in questions]
+        right[name] = sum(f"<answer> {q['golden_answers'][0]}</answer>" in play[-1] for q, play in zip(questions, plays))
+        assert all(sum(isinstance(step, list) for step in play) <= make.MAX_SEARCHES for play in plays)
+    assert right["efficient"] == len(questions) > right["clumsy"] > len(questions) / 3
+
+
+def test_the_data_is_json_lines_of_the_documented_form():
+    for name in ("train", "validation", "test"):
+        for line in (MICRO / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            assert {"id", "question", "golden_answers"} <= json.loads(line).keys()

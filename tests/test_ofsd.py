@@ -1,0 +1,247 @@
+"""ofsd.py: every case of the mining rule, the privileged prompt, and the divergences in numbers."""
+
+import math
+
+import pytest
+import torch
+
+from ofsd import difference, distill_loss, divergence_terms, mine_pair, privileged_prompt, spans
+from retriever import Passage
+from rollout import TAGS, Trajectory, chat_ids, decode, encode, observation_ids, standard_prompt
+
+P, Q = (0.6, 0.3, 0.1), (0.2, 0.3, 0.5)  # teacher, student: METHOD's test vector
+
+
+def asked(*queries):
+    return Trajectory("?", [], queries=list(queries))
+
+
+# ---------------------------------------------------------------- mining
+
+
+def test_reference_is_the_correct_one_with_the_fewest_searches():
+    group = [asked("a"), asked("a", "b", "c"), asked("a", "b"), asked("a", "b")]
+    assert mine_pair(group, [0, 1, 1, 1])[0] is group[2]  # the tie with 3 goes to the lower index
+
+
+def test_a_wrong_student_is_preferred_however_alike():
+    group = [asked("a"), asked("a"), asked("x", "y", "z", "w")]
+    assert mine_pair(group, [1, 0, 1]) == (group[0], group[1])
+
+
+def test_among_wrong_ones_the_difference_in_searches_decides_then_the_words():
+    group = [asked("ada mother"), asked("other words"), asked("a", "b", "c"), asked()]
+    assert mine_pair(group, [1, 0, 0, 0])[1] is group[2]  # 2 apart against 0 and 1
+    group = [asked("ada mother"), asked("Mother ADA"), asked("ada father"), asked("ada king")]
+    assert mine_pair(group, [1, 0, 0, 0])[1] is group[2]  # overlap 1/3, as index 3: the lower one
+    assert mine_pair(group[:2], [1, 0])[1] is group[1]
+
+
+def test_without_a_wrong_one_the_most_different_correct_one():
+    group = [asked("a"), asked("a"), asked("b"), asked("a", "a")]
+    assert mine_pair(group, [1, 1, 1, 1]) == (group[0], group[3])
+    assert mine_pair(group[:3], [1, 1, 1]) == (group[0], group[2])
+
+
+def test_no_correct_and_no_contrast_give_no_pair():
+    assert mine_pair([asked("a"), asked("b")], [0, 0]) is None
+    assert mine_pair([asked("a b"), asked("B a"), asked("b, a")], [1, 1, 1]) is None
+    assert mine_pair([asked("a")], [1]) is None
+    assert mine_pair([asked(), asked()], [1, 1]) is None
+
+
+def test_difference_worked_by_hand():
+    assert difference(asked("Ada's mother"), asked("ada father")) == (0, pytest.approx(1 - 1 / 4))
+    assert difference(asked(), asked()) == (0, 0.0)  # two empty sets overlap wholly
+    assert difference(asked("a"), asked("b", "c")) == (1, 1.0)
+
+
+# ---------------------------------------------------------------- the privileged prompt
+
+
+@pytest.fixture
+def reference(tokenizer):
+    trajectory = Trajectory("Who?", [], answer="Ada")
+    found = [Passage("0", "Long", "many words " * 60), Passage("1", "Short", "just this")]
+    for text in ("<think> hm</think>\n<search> Ada</search>", found, "<think> so</think>\n<answer> Ada</answer>"):
+        if isinstance(text, str):
+            ids = encode(tokenizer, text)
+            trajectory.extend(ids, [-1.0] * len(ids))
+        else:
+            trajectory.extend(observation_ids(tokenizer, text, 512))
+    trajectory.extend([tokenizer.eos_token_id], [-1.0])
+    return trajectory
+
+
+def test_spans_are_by_author(tokenizer, reference):
+    assert [sampled for sampled, _ in spans(reference)] == [True, False, True]
+    assert sum((ids for _, ids in spans(reference)), []) == reference.response_ids
+    assert list(spans(Trajectory("?", []))) == []
+
+
+def test_both_prompts_end_in_the_same_header_and_the_reference_is_whole(tokenizer, reference):
+    privileged = privileged_prompt(tokenizer, "Who wrote it?", reference, 1000)
+    text = decode(tokenizer, privileged)
+    standard = decode(tokenizer, chat_ids(tokenizer, standard_prompt(tokenizer, "Who wrote it?")))
+    header = "<|im_end|>\n<|im_start|>assistant\n"
+    assert text.endswith(header) and standard.endswith(header)
+    assert text.count("<|im_end|>") == text.count("<|im_start|>") - 1 == 1  # the reference's own stop is harmless
+    assert "Who wrote it?" in text and "many words " * 59 in text
+    assert text.index("<think> hm</think>") < text.index("- Long:") < text.index("<answer> Ada</answer>")
+
+
+def test_too_long_a_reference_loses_passage_words_longest_first_and_nothing_else(tokenizer, reference):
+    whole = privileged_prompt(tokenizer, "Who wrote it?", reference, 1000)
+    cut = privileged_prompt(tokenizer, "Who wrote it?", reference, len(whole) - 50)
+    text = decode(tokenizer, cut)
+    assert len(whole) - 60 <= len(cut) <= len(whole) - 50
+    assert "Short: just this" in text and "- Long: many words" in text
+    for kept in ("Who wrote it?", "<search> Ada</search>", "<information>", "</information>", "<answer> Ada</answer>"):
+        assert kept in text
+    shortest = len(whole) - sum(len(encode(tokenizer, t)) for t in ("Long: " + "many words " * 60, "Short: just this"))
+    assert privileged_prompt(tokenizer, "Who wrote it?", reference, shortest + 5) is not None
+    assert privileged_prompt(tokenizer, "Who wrote it?", reference, shortest - 5) is None
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def loss_and_gradient(teacher=P, student=Q, **how):
+    logits = torch.tensor([[student]], dtype=torch.float64).log().requires_grad_()  # (1, 1, 3)
+    loss = distill_loss(logits, torch.tensor([[teacher]], dtype=torch.float64).log(), torch.ones(1, 1), **how)
+    loss.backward()
+    return loss.item(), logits.grad[0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "gradient"),
+    [
+        # .6 ln 3 + .3 ln 1 + .1 ln .2 = .65917 + 0 - .16094; gradient q - p
+        ("forward_kl", 0.498224, (-0.4, 0.0, 0.4)),
+        # .2 ln(1/3) + 0 + .5 ln 5 = -.21972 + .80472; gradient q (ln(q / p) - D)
+        ("reverse_kl", 0.584996, (-0.33672, -0.17550, 0.51222)),
+        ("jsd", 0.125101, (-0.08099, -0.01752, 0.09851)),
+    ],
+)
+def test_divergences_against_hand_worked_values_and_gradients(kind, value, gradient):
+    found, grad = loss_and_gradient(kind=kind)
+    assert found == pytest.approx(value, abs=1e-6)
+    assert grad == pytest.approx(gradient, abs=1e-5)
+
+
+def closed_form(p, q, kind):
+    if kind == "forward_kl":
+        return q - p
+    if kind == "reverse_kl":
+        log = (q / p).log()
+        return q * (log - (q * log).sum(-1, keepdim=True))
+    log = (q / ((p + q) / 2)).log() / 2
+    return q * (log - (q * log).sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_gradients_equal_the_closed_forms_in_float64(kind):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 4, 7, dtype=torch.float64).requires_grad_(), torch.randn(3, 4, 7).double()
+    mask = torch.randint(0, 2, (3, 4))
+    distill_loss(student, teacher, mask, kind=kind).backward()
+    expected = closed_form(teacher.softmax(-1), student.detach().softmax(-1), kind) * mask[..., None] / mask.sum()
+    assert torch.allclose(student.grad, expected, atol=1e-12)
+
+
+def test_the_papers_clip_reverses_the_correction():
+    """Clipped words A = {d_v <= tau} keep their terms, the others are constant. With P_A the
+    teacher's mass on A the logit gradient is P_A q_i - p_i [i in A]: here A = {1, 2}, P_A = .4,
+    (.4 * .2, .4 * .3 - .3, .4 * .5 - .1). The exact gradient raises word 0, which the teacher
+    prefers (-.4); the clipped one lowers it (+.08)."""
+    value, gradient = loss_and_gradient(clip="entry", tau=0.05)
+    assert value == pytest.approx(-0.110944, abs=1e-6)  # below zero: no divergence
+    assert gradient == pytest.approx([0.08, -0.18, 0.10])
+    assert loss_and_gradient()[1][0] < 0 < gradient[0]
+
+
+def test_the_clip_by_position_keeps_the_direction():
+    exact, direction = loss_and_gradient()
+    value, gradient = loss_and_gradient(clip="position", tau=0.05)
+    assert value == pytest.approx(0.05)
+    assert gradient == pytest.approx([0.05 / exact * g for g in direction])
+    assert loss_and_gradient(clip="position", tau=1.0) == (pytest.approx(exact), pytest.approx(direction))
+
+
+def test_entry_clips_the_named_divergences_own_terms():
+    # reverse: d = (.2 ln(1/3), 0, .5 ln 5) = (-.21972, 0, .80472), capped at .05
+    assert loss_and_gradient(kind="reverse_kl", clip="entry")[0] == pytest.approx(-0.21972 + 0.05, abs=1e-5)
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="kind is"):
+        loss_and_gradient(kind="kl")
+    with pytest.raises(ValueError, match="clip is"):
+        loss_and_gradient(clip="all")
+
+
+def random_logits(seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(5, 6, 8).double(), torch.randn(5, 6, 8).double(), torch.randint(0, 2, (5, 6))
+
+
+def test_no_gradient_into_the_teacher_and_none_into_information_tokens():
+    student, teacher, mask = random_logits()
+    student.requires_grad_()
+    teacher.requires_grad_()
+    distill_loss(student, teacher, mask).backward()
+    assert teacher.grad is None
+    assert student.grad[mask == 0].eq(0).all() and student.grad[mask == 1].ne(0).all()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_masked_positions_may_hold_anything(kind):
+    student, teacher, mask = random_logits()
+    plain = distill_loss(student, teacher, mask, kind=kind)
+    student[mask == 0], teacher[mask == 0] = math.inf, math.nan
+    student.requires_grad_()
+    loss = distill_loss(student, teacher, mask, kind=kind)
+    loss.backward()
+    assert loss.item() == plain.item() and student.grad.isfinite().all()
+
+
+def test_all_masked_is_zero_with_a_graph():
+    student = torch.randn(2, 3, 4, requires_grad=True)
+    loss = distill_loss(student, torch.randn(2, 3, 4), torch.zeros(2, 3))
+    loss.backward()
+    assert loss.item() == 0.0 and student.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_word_that_is_impossible_for_both_adds_nothing(kind):
+    with_word = [torch.tensor([[[*values, 0.0]]], dtype=torch.float64).log() for values in (Q, P)]
+    with_word[0].requires_grad_()
+    loss = distill_loss(*with_word, torch.ones(1, 1), kind=kind)
+    loss.backward()
+    value, gradient = loss_and_gradient(kind=kind)
+    assert loss.item() == pytest.approx(value)
+    assert with_word[0].grad[0, 0].tolist() == pytest.approx([*gradient, 0.0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_gradient_does_not_depend_on_the_micro_batch_size(size):
+    student, teacher, mask = random_logits()
+    whole, parts = (student.clone().requires_grad_() for _ in range(2))
+    distill_loss(whole, teacher, mask).backward()
+    for i in range(0, len(student), size):
+        piece = slice(i, i + size)
+        distill_loss(parts[piece], teacher[piece], mask[piece], num_tokens=mask.sum()).backward()
+    assert torch.allclose(whole.grad, parts.grad, rtol=1e-12)
+
+
+def test_equal_distributions_have_no_divergence_and_it_is_never_negative():
+    torch.manual_seed(1)
+    log_p, log_q = torch.randn(2, 50, 9).double().log_softmax(-1)
+    for kind in ("forward_kl", "reverse_kl", "jsd"):
+        assert divergence_terms(log_p, log_p, kind).sum(-1).abs().max() < 1e-12
+        assert divergence_terms(log_p, log_q, kind).sum(-1).min() > 0
+
+
+def test_the_reference_may_hold_tags(tokenizer, reference):
+    text = decode(tokenizer, privileged_prompt(tokenizer, "Who?", reference, 1000))
+    assert all(tag in text for tag in TAGS)

@@ -1,0 +1,268 @@
+"""train.py: a short run end to end, one update at a time, and the input it refuses."""
+
+import gzip
+import json
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import train as train_module
+from grpo import group_advantages
+from ofsd import spans
+from retriever import BadInput
+from rollout import load_model, rollout
+from train import Config, frozen_copy, grpo_step, ofsd_step, train
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
+SMALL = Config(
+    rounds=1, grpo_steps=2, questions_per_step=4, group_size=3, ofsd_questions=12, ofsd_epochs=1, ofsd_batch=4,
+    eval_limit=6, grpo_lr=1e-4, force_ofsd=True,
+)  # fmt: skip
+
+
+def read(folder, name):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert train(replace(SMALL, out=str(folder))) == folder
+    return folder
+
+
+def test_a_short_run_writes_what_it_promises(small_run, capsys):
+    rows = read(small_run, "metrics.jsonl")
+    assert [(row["kind"], row["stage"]) for row in rows if row["kind"] != "step"] == [
+        ("eval", "base"), ("eval", "grpo-1"), ("mining", "ofsd-1"), ("eval", "ofsd-1")
+    ]  # fmt: skip
+    steps = [row for row in rows if row["kind"] == "step" and row["stage"] == "grpo-1"]
+    assert [row["step"] for row in steps] == [1, 2]
+    for row in steps:
+        assert {*train_module.COLUMNS, "loss", "rollout_s", "step_s"} <= row.keys()
+        assert 0 <= row["zero_var"] <= 1 and row["entropy"] > 0 and row["logprob_gap"] < 1e-3
+        assert row["clip_frac"] == 0  # one update a batch: the ratio is 1
+    assert steps[0]["kl"] < 1e-6 < steps[1]["kl"]  # the policy is the start policy, and then no longer
+    mining = next(row for row in rows if row["kind"] == "mining")
+    assert mining["pairs"] + mining["no_correct"] + mining["no_contrast"] + mining["too_long"] == 12
+    distilled = [row for row in rows if row["kind"] == "step" and row["stage"] == "ofsd-1"]
+    assert len(distilled) == -(-mining["pairs"] // 4) and all(row["loss"] > 0 for row in distilled)
+    evals = [row for row in rows if row["kind"] == "eval"]
+    assert all({"em", "f1", "searches", "answered", "n", "em_by"} <= row.keys() and row["n"] == 6 for row in evals)
+    assert evals[-1]["edge_supported"] == mining["edge_supported"]
+    told = read(small_run, "trajectories.jsonl")
+    assert sum(row["kind"] == "eval" for row in told) == 18 and sum(row["kind"] == "pair" for row in told) == mining["pairs"]
+    assert json.loads((small_run / "config.json").read_text())["grpo_steps"] == 2
+
+
+def test_the_parameters_moved_and_the_model_folder_loads(small_run, micro):
+    trained = AutoModelForCausalLM.from_pretrained(small_run / "model")
+    moved = [not torch.equal(one, two) for one, two in zip(trained.parameters(), micro[0].parameters())]
+    assert all(moved)
+    model, tokenizer = load_model(str(small_run / "model"))
+    assert tokenizer.init_kwargs["search_prompt"] == "{question}"  # the prompt travels with the model
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(small_run, tmp_path):
+    train(replace(SMALL, out=str(tmp_path / "again")))
+    train(replace(SMALL, out=str(tmp_path / "other"), seed=1))
+    first, again, other = (untimed(read(f, "metrics.jsonl")) for f in (small_run, tmp_path / "again", tmp_path / "other"))
+    assert first == again
+    assert first != other and first[0] == other[0]  # a run starts from the base, whatever ran before
+
+
+def test_an_existing_folder_is_refused_and_left_alone(small_run):
+    before = (small_run / "metrics.jsonl").read_text()
+    with pytest.raises(BadInput, match="exists already"):
+        train(replace(SMALL, out=str(small_run)))
+    assert (small_run / "metrics.jsonl").read_text() == before
+
+
+# ---------------------------------------------------------------- single updates
+
+
+class Spy:
+    """An optimizer that keeps the gradients instead of using them."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+@pytest.fixture(scope="module")
+def batch(micro, micro_index):
+    """Trajectories of 4 questions x 3, and rewards of which the second group's are all equal."""
+    questions = [json.loads(line)["question"] for line in open("micro/train.jsonl", encoding="utf-8")][:4]
+    rows = rollout(*micro, micro_index, questions, group_size=3, seed=0)
+    return rows, torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1]])
+
+
+def gradient(micro, batch, **settings):
+    model = frozen_copy(micro[0]).requires_grad_(True)
+    spy = Spy(model)
+    stats = grpo_step(model, micro[0], spy, *batch, replace(SMALL, max_grad_norm=1e9, **settings))
+    return spy.gradient, stats
+
+
+def test_grpo_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch):
+    whole, stats = gradient(micro, batch, micro_batch=100)
+    for size in (1, 5):
+        parts, other = gradient(micro, batch, micro_batch=size)
+        assert torch.allclose(whole, parts, atol=1e-5 * whole.abs().max().item())
+        assert other == pytest.approx(stats, rel=1e-3, abs=1e-5)
+
+
+def test_skipping_groups_without_variance_changes_nothing(micro, batch):
+    skipped, _ = gradient(micro, batch)
+    # With beta = 0 but nothing skipped: the plain formula over all trajectories.
+    model = frozen_copy(micro[0]).requires_grad_(True)
+    rows, rewards = batch
+    advantages, tokens = group_advantages(rewards).flatten(), sum(sum(r.loss_mask) for r in rows)
+    from grpo import grpo_loss, token_logprobs
+    from rollout import response_logits
+
+    for row, advantage in zip(rows, advantages):
+        logits = response_logits(model, [row.prompt_ids], [row.response_ids])
+        logprobs = token_logprobs(logits, torch.tensor([row.response_ids]))
+        loss, _ = grpo_loss(
+            logprobs, torch.tensor([row.logprobs]), advantage[None], torch.tensor([row.loss_mask]), num_tokens=tokens
+        )
+        loss.backward()
+    plain = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.allclose(plain, skipped, atol=1e-5 * plain.abs().max().item())
+
+
+def test_without_any_variance_the_gradient_is_zero_and_the_statistics_are_there(micro, batch):
+    found, stats = gradient(micro, (batch[0], torch.zeros(4, 3)))
+    assert found.eq(0).all() and stats["grad_norm"] == 0 and stats["entropy"] > 0
+
+
+def test_one_update_makes_the_good_likelier_and_the_bad_less_likely(micro, batch):
+    model = frozen_copy(micro[0]).requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    first = grpo_step(model, micro[0], optimizer, *batch, SMALL)
+    second = grpo_step(model, micro[0], optimizer, *batch, replace(SMALL, clip_eps=100.0))
+    assert first["loss"] == pytest.approx(0, abs=0.2) and first["grad_norm"] > 0
+    assert second["loss"] < first["loss"] and second["logprob_gap"] > first["logprob_gap"]
+
+
+def test_several_updates_bring_the_clip_to_work(micro, batch):
+    model = frozen_copy(micro[0]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    stats = grpo_step(model, micro[0], optimizer, *batch, replace(SMALL, updates=4))
+    assert stats["clip_frac"] > 0 and stats["logprob_gap"] < 1e-3  # the gap is taken before any update
+
+
+def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(micro, batch, monkeypatch):
+    rows, _ = batch
+    teacher, model = frozen_copy(micro[0]), frozen_copy(micro[0]).requires_grad_(True)
+    pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
+    read_by = []
+    plain = train_module.response_logits
+    monkeypatch.setattr(train_module, "response_logits", lambda m, p, r: read_by.append((m, p, r)) or plain(m, p, r))
+    before = [p.clone() for p in teacher.parameters()]
+    stats = ofsd_step(model, teacher, torch.optim.SGD(model.parameters(), lr=0.1), pairs, SMALL)
+    (one, privileged, taught), (two, standard, learnt) = read_by
+    assert one is teacher and two is model and taught == learnt and privileged != standard
+    assert stats["loss"] > 0
+    assert all(torch.equal(b, p) and p.grad is None for b, p in zip(before, teacher.parameters()))
+    # Under one and the same prompt the student is its own teacher: nothing to learn.
+    same = [({}, rows[0], rows[1], rows[1].prompt_ids)]
+    assert ofsd_step(teacher.requires_grad_(True), frozen_copy(teacher), Spy(teacher), same, SMALL)["loss"] < 1e-6
+
+
+def test_a_stage_without_supported_edge_says_so_and_is_skipped(tmp_path, monkeypatch, capsys):
+    scores = iter([{"em": 0.5, "em_supported": 0.2}, {"em": 0.3, "em_supported": 0.2}])
+    monkeypatch.setattr(train_module, "evaluate", lambda *args, **kwargs: next(scores))
+    folder = train(replace(SMALL, out=str(tmp_path / "run"), force_ofsd=False))
+    assert "no supported edge" in capsys.readouterr().out
+    rows = read(folder, "metrics.jsonl")
+    mining = next(row for row in rows if row["kind"] == "mining")
+    assert mining["skipped"] and mining["edge"] == pytest.approx(0.2) and mining["edge_supported"] == 0
+    assert not [row for row in rows if row["kind"] == "step" and row["stage"] == "ofsd-1"]
+
+
+def test_a_run_whose_rewards_are_all_zero_says_so_and_completes(tmp_path, capsys):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "Who?", "golden_answers": ["nobody at all"]}\n' * 6)
+    folder = train(replace(SMALL, out=str(tmp_path / "run"), questions=str(questions)))
+    assert "no pair to learn from" in capsys.readouterr().out
+    rows = read(folder, "metrics.jsonl")
+    assert [r["no_correct"] for r in rows if r["kind"] == "mining"] == [6]
+    assert all(r["zero_var"] == 1 and r["reward"] == 0 for r in rows if r["kind"] == "step")
+    assert rows[-1]["stage"] == "ofsd-1"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_every_setting_is_a_flag_with_help(command):
+    shown = command("train.py", "--help").stdout
+    for item in fields(Config):
+        assert "--" + item.name.replace("_", "-") in shown and item.metadata["help"].split()[0] in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--frobnicate", "1"], "--frobnicate"),
+        (["--questions", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["--corpus", "BROKEN"], "broken.jsonl:2"),
+        (["--corpus", "EMPTY"], "the corpus is empty"),
+        (["--questions", "BROKEN"], "broken.jsonl:1"),
+        (["--model", "tests"], "not a model folder"),
+        (["--model", "no/such-model"], "cannot load"),
+        (["--model", "micro/modle"], "no such model folder"),
+        (["--grpo-steps", "many"], "--grpo-steps"),
+        (["--divergence", "kl"], "divergence"),
+        (["--group-size", "0"], "group_size"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, flags, message):
+    (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{oops\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    files = {"BROKEN": tmp_path / "broken.jsonl", "EMPTY": tmp_path / "empty.jsonl"}
+    out = tmp_path / "run"
+    assert message in refused("train.py", "--out", out, *[files.get(flag, flag) for flag in flags])
+    assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR names no folder of SmolLM2-135M")
+@pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="the real questions are not there")
+def test_the_loop_runs_with_smollm2_on_real_questions(tmp_path):
+    """One GRPO step and one OFSD stage; an untrained model hardly ever emits the tags."""
+    with gzip.open(DATA / "hotpotqa/questions.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines][:4]
+    for name, part in (("train", rows[:2]), ("test", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    folder = train(Config(
+        model=os.environ["SMOLLM2_DIR"], questions=str(tmp_path / "train.jsonl"),
+        eval_questions=str(tmp_path / "test.jsonl"), corpus=str(DATA / "hotpotqa/corpus.jsonl.gz"),
+        out=str(tmp_path / "run"), rounds=1, grpo_steps=1, questions_per_step=2, group_size=2, micro_batch=2,
+        max_turn_tokens=48, max_tokens=600,
+    ))  # fmt: skip
+    rows = read(folder, "metrics.jsonl")
+    step = next(row for row in rows if row["kind"] == "step")
+    assert step["logprob_gap"] < 1e-3 and step["entropy"] > 0
+    assert [row["stage"] for row in rows if row["kind"] == "eval"] == ["base", "grpo-1", "ofsd-1"]
+
+
+def test_a_trajectory_in_json_keeps_who_wrote_what(small_run, micro, batch):
+    row = read(small_run, "trajectories.jsonl")[0]
+    assert {"question", "answer", "queries", "finish_reason", "text", "golden_answers", "em"} <= row.keys()
+    assert all(who in (0, 1) for who, _ in row["text"]) and row["text"][0][0] == 1
+    assert len(list(spans(batch[0][0]))) >= 1

@@ -1,0 +1,408 @@
+"""Search-E1: GRPO and offline self-distillation in turn, until the policy searches well.
+
+    for each round:
+        GRPO   rollouts, exact-match rewards, one clipped policy update a batch        (grpo.py)
+        OFSD   re-sample, mine (reference, student) pairs, measure the teacher's edge,
+               distil the privileged policy into the standard one                      (ofsd.py)
+
+    python train.py                               # two rounds on the micro world; minutes on 2 cores
+    python train.py --seed 1 --out runs/seed1     # every field of Config is a flag
+
+It writes to runs/NAME: config.json; metrics.jsonl, a line a step, a mining and an evaluation
+(kind says which); trajectories.jsonl, every evaluation's answers and every mined pair; and
+model/, which transformers loads.
+
+What a step's line says: reward; zero_var, the share of groups with equal rewards (they teach
+nothing); kl to the start policy (k3); clip_frac; entropy; grad_norm; length of a response in
+tokens; searches; no_answer and repeats, shares of trajectories (repeats: asks a query twice);
+logprob_gap, the largest difference between the rollout's log-probability of a token and the
+training pass's before any update: a bug in mask, cache or temperature shows here first.
+
+Deviations from the paper
+    1. Sizes and learning rates are those of a model of a million parameters on two cores; the
+       README has the paper's.
+    2. Before a stage of distillation the teacher's edge is measured on fresh samples, and a
+       stage without a positive supported edge is skipped (--force-ofsd runs it): a teacher
+       that is no better, or that only copies the reference's answer, does harm.
+    3. kl, entropy, clip_frac and the gap are means over the groups with variance: the others
+       need no forward pass. Where no group has any, the first micro-batch stands in.
+"""
+
+import copy
+import json
+import random
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import set_seed
+
+from eval import evaluate, exact_match, load_questions, score
+from grpo import group_advantages, grpo_loss, token_entropies, token_logprobs
+from ofsd import distill_loss, mine_pair, privileged_prompt, spans
+from retriever import BM25, BadInput, Parser, load_corpus, run_script
+from rollout import Trajectory, decode, load_model, response_logits, rollout
+
+
+def setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    model: str = setting("micro/model", "where the policy starts: a model folder or hub name")
+    questions: str = setting("micro/train.jsonl", "training questions: JSON lines or hub/dataset:config:split")
+    eval_questions: str = setting("micro/test.jsonl", "questions of the final table")
+    corpus: str = setting("micro/corpus.jsonl", "passages to search: JSON lines")
+    out: str = setting("", "folder of this run; must not exist (default: runs/ and the date)")
+    seed: int = setting(0, "seed of Python, numpy, torch and sampling")
+    rounds: int = setting(2, "rounds of GRPO and then OFSD")
+    # the search environment
+    max_searches: int = setting(4, "searches a question")
+    k: int = setting(3, "passages a search")
+    max_tokens: int = setting(2048, "tokens of a response, observations included")
+    max_turn_tokens: int = setting(256, "tokens of a turn")
+    max_observation_tokens: int = setting(512, "tokens of an observation")
+    prompt: str = setting("", "wording of the prompt, with {question} in it (default: the tokenizer's, or PROMPT)")
+    # GRPO
+    grpo_steps: int = setting(16, "steps a round")
+    questions_per_step: int = setting(16, "groups a step")
+    group_size: int = setting(5, "G, trajectories a question; also K, OFSD's")
+    grpo_lr: float = setting(1e-4, "learning rate of AdamW")
+    updates: int = setting(1, "updates on each batch of rollouts")
+    clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
+    kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty to the start policy")
+    # OFSD
+    ofsd_questions: int = setting(144, "training questions re-sampled before distillation (0: all)")
+    ofsd_epochs: int = setting(2, "passes over the mined pairs")
+    ofsd_batch: int = setting(16, "pairs an update")
+    ofsd_lr: float = setting(2e-4, "learning rate of AdamW")
+    divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd")
+    clip: str = setting("none", "none, entry (the paper's) or position")
+    tau: float = setting(0.05, "cap of the clip, in nats")
+    max_reference_tokens: int = setting(224, "tokens of the privileged prompt; passages of the reference are cut to fit")
+    force_ofsd: bool = setting(False, "distil even where the teacher has no supported edge")
+    # hardware and evaluation
+    micro_batch: int = setting(20, "sequences a forward pass in training")
+    rollout_batch: int = setting(256, "trajectories in flight while sampling")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    eval_limit: int = setting(0, "evaluate on the first so many questions only (0: all)")
+
+    def __post_init__(self):
+        for name, allowed in {"divergence": ("forward_kl", "reverse_kl", "jsd"), "clip": ("none", "entry", "position")}.items():
+            if getattr(self, name) not in allowed:
+                raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        zero_allowed = {"seed", "rounds", "max_searches", "grpo_steps", "kl_coef", "ofsd_questions", "ofsd_epochs", "eval_limit"}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type in (int, float) and not (value > 0 or (value == 0 and item.name in zero_allowed)):
+                raise BadInput(f"{item.name} must be {'at least 0' if item.name in zero_allowed else 'above 0'}, not {value}")
+
+
+class Run:
+    """What both stages need at hand: the policy and its tools, and the files of the run."""
+
+    def __init__(self, config: Config):
+        # Everything that can be wrong with the input is found before the folder is made.
+        self.config = config
+        self.folder = Path(config.out or time.strftime("runs/%Y%m%d-%H%M%S-seed") + str(config.seed))
+        if self.folder.exists():
+            raise BadInput(f"{self.folder} exists already: choose another --out, or remove it")
+        self.train_set = load_questions(config.questions)
+        self.test_set = load_questions(config.eval_questions)[: config.eval_limit or None]
+        self.retriever = BM25(load_corpus(config.corpus))
+        self.model, self.tokenizer = load_model(config.model)
+        if config.prompt:  # kept in the tokenizer's files, so that the trained model carries it
+            self.tokenizer.init_kwargs["search_prompt"] = config.prompt
+        set_seed(config.seed)  # Python, numpy and torch; rollouts draw from torch's state
+        self.rng = random.Random(config.seed)
+        self.start = frozen_copy(self.model)
+        self.evaluations: list[dict] = []
+        self.began = time.time()
+        self.folder.mkdir(parents=True)
+        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+
+    def log(self, kind: str, stage: str, **metrics) -> None:
+        self.append("metrics.jsonl", {"kind": kind, "stage": stage, **metrics, "time_s": time.time() - self.began})
+
+    def append(self, name: str, row: dict) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def sample(self, questions: list[dict], **how) -> list[Trajectory]:
+        return rollout(
+            self.model, self.tokenizer, self.retriever, [q["question"] for q in questions], **self.sampling(), **how
+        )
+
+    def sampling(self) -> dict:
+        names = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
+        return {name: getattr(self.config, name) for name in names} | {"batch_size": self.config.rollout_batch}
+
+    def evaluate(self, stage: str, **edge) -> None:
+        """Test the policy greedily; log it with every answer; save the model."""
+        trajectories = self.sample(self.test_set, temperature=0.0, progress=f"test {stage}")
+        metrics = score(self.test_set, trajectories) | edge
+        self.log("eval", stage, **metrics)
+        self.evaluations.append({"stage": stage, **metrics, "time_s": time.time() - self.began})
+        for question, trajectory in zip(self.test_set, trajectories):
+            em = exact_match(trajectory.answer, question["golden_answers"])
+            self.append("trajectories.jsonl", {"kind": "eval", "stage": stage, "id": question["id"], "em": em}
+                        | self.as_json(trajectory) | {"golden_answers": question["golden_answers"]})  # fmt: skip
+        self.model.save_pretrained(self.folder / "model")
+        self.tokenizer.save_pretrained(self.folder / "model")
+        print(f"test, {stage}: EM {metrics['em']:.3f}, {metrics['searches']:.2f} searches, "
+              f"{metrics['answered']:.3f} answered, {(time.time() - self.began) / 60:.1f} min")  # fmt: skip
+
+    def as_json(self, trajectory: Trajectory) -> dict:
+        """text: [[who, text], ...], who is 1 for the policy and 0 for the environment."""
+        text = [[int(sampled), decode(self.tokenizer, ids)] for sampled, ids in spans(trajectory)]
+        names = "question", "answer", "queries", "finish_reason"
+        return {name: getattr(trajectory, name) for name in names} | {"text": text}
+
+
+def frozen_copy(model):
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def padded(rows: list[list], device) -> torch.Tensor:
+    """Lists of numbers, one a sequence -> (B, T), zeros after a shorter one."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+
+def micro_batches(items: list, size: int, length) -> list[list]:
+    """Groups of similar length: little padding. The gradient does not depend on the grouping."""
+    items = sorted(items, key=length)
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def update(model, optimizer, max_norm: float) -> float:
+    """Clip, step, clear; the gradient's norm before it was clipped."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ---------------------------------------------------------------- GRPO
+
+
+def grpo_step(model, start, optimizer, trajectories: list[Trajectory], rewards: torch.Tensor, config: Config) -> dict:
+    """One batch of rollouts, question-major, and its rewards (Q, G): config.updates updates."""
+    advantages = group_advantages(rewards).flatten().tolist()  # (Q * G,)
+    num_tokens = sum(sum(t.loss_mask) for t in trajectories)
+    # Without variance there is no gradient, and the forward pass may be skipped; not all of
+    # them, though, since the statistics are what tells a collapse.
+    batch = [pair for pair in zip(trajectories, advantages) if pair[1] or config.kl_coef]
+    batch = batch or list(zip(trajectories, advantages))[: config.micro_batch]
+    seen = sum(sum(t.loss_mask) for t, _ in batch)  # policy tokens with a forward pass
+    stats = dict.fromkeys(("loss", "kl", "clip_frac", "entropy", "grad_norm", "logprob_gap"), 0.0)
+    groups = micro_batches(batch, config.micro_batch, lambda pair: len(pair[0].response_ids))
+    refs: list[torch.Tensor] = []  # of the start policy, once for all updates
+    for number in range(config.updates):
+        for i, group in enumerate(tqdm(groups, desc="update", disable=None, leave=False)):
+            prompts, responses = [t.prompt_ids for t, _ in group], [t.response_ids for t, _ in group]
+            ids, mask = padded(responses, model.device), padded([t.loss_mask for t, _ in group], model.device)  # (B, T)
+            old = padded([t.logprobs for t, _ in group], model.device)  # (B, T)
+            if number == 0:
+                with torch.no_grad():
+                    refs.append(token_logprobs(response_logits(start, prompts, responses), ids))  # (B, T)
+            logits = response_logits(model, prompts, responses)  # (B, T, V)
+            loss, part = grpo_loss(
+                token_logprobs(logits, ids), old, torch.tensor([a for _, a in group], device=model.device), mask,
+                clip_eps=config.clip_eps, ref_logprobs=refs[i], kl_coef=config.kl_coef, num_tokens=num_tokens,
+            )  # fmt: skip
+            loss.backward()
+            with torch.no_grad():
+                entropy = (token_entropies(logits) * mask).sum().item()
+            share = mask.sum().item() / seen / config.updates
+            stats["loss"] += loss.item() / config.updates
+            stats["kl"] += part["kl"] * share
+            stats["clip_frac"] += part["clip_frac"] * share
+            stats["entropy"] += entropy / seen / config.updates
+            if number == 0:  # before any update: the two must agree
+                stats["logprob_gap"] = max(stats["logprob_gap"], part["gap"])
+        stats["grad_norm"] += update(model, optimizer, config.max_grad_norm) / config.updates
+    return stats
+
+
+COLUMNS = "reward zero_var kl clip_frac entropy grad_norm length searches no_answer repeats logprob_gap".split()
+
+
+def grpo_stage(run: Run, stage: str) -> None:
+    config = run.config
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.grpo_lr, weight_decay=0.0)
+    print(f"\n{stage}: {config.grpo_steps} steps\n step " + " ".join(f"{name:>11}" for name in COLUMNS) + "     seconds")
+    waiting: list[dict] = []  # each pass over the questions is a fresh shuffle
+    for step in range(1, config.grpo_steps + 1):
+        began = time.time()
+        while len(waiting) < config.questions_per_step:
+            waiting += run.rng.sample(run.train_set, len(run.train_set))
+        questions, waiting = waiting[: config.questions_per_step], waiting[config.questions_per_step :]
+        trajectories = run.sample(questions, group_size=config.group_size, progress="rollout")
+        golds = [q["golden_answers"] for q in questions for _ in range(config.group_size)]
+        rewards = torch.tensor([exact_match(t.answer, gold) for t, gold in zip(trajectories, golds)])
+        rewards = rewards.view(-1, config.group_size)  # (Q, G)
+        sampled_s = time.time() - began
+        stats = grpo_step(run.model, run.start, optimizer, trajectories, rewards, config)
+        count = len(trajectories)
+        stats |= {
+            "reward": rewards.mean().item(),
+            "zero_var": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+            "length": sum(len(t.response_ids) for t in trajectories) / count,
+            "searches": sum(len(t.queries) for t in trajectories) / count,
+            "no_answer": sum(t.answer is None for t in trajectories) / count,
+            "repeats": sum(len(set(map(str.lower, t.queries))) < len(t.queries) for t in trajectories) / count,
+        }
+        run.log("step", stage, step=step, **stats, rollout_s=sampled_s, step_s=time.time() - began)
+        print(f"{step:5d} " + " ".join(f"{stats[name]:11.4g}" for name in COLUMNS) + f"{time.time() - began:12.1f}")
+
+
+# ---------------------------------------------------------------- OFSD
+
+
+def mine(run: Run, questions: list[dict], trajectories: list[Trajectory]) -> tuple[list[tuple], dict]:
+    """Pairs as (question, reference, student, privileged prompt), and what was counted."""
+    pairs, counts = [], dict(pairs=0, no_correct=0, no_contrast=0, too_long=0)
+    size = run.config.group_size
+    for i, question in enumerate(questions):
+        group = trajectories[i * size : (i + 1) * size]
+        rewards = [exact_match(t.answer, question["golden_answers"]) for t in group]
+        pair = mine_pair(group, rewards)
+        if pair is None:
+            counts["no_contrast" if any(rewards) else "no_correct"] += 1
+            continue
+        prompt = privileged_prompt(run.tokenizer, question["question"], pair[0], run.config.max_reference_tokens)
+        if prompt is None:
+            counts["too_long"] += 1
+            continue
+        pairs.append((question, *pair, prompt))
+    return pairs, counts | {"pairs": len(pairs)}
+
+
+def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
+    """On fresh samples for the mined questions: EM under the privileged prompt minus EM under
+    the standard one, and the same counting only answers a retrieved passage supports."""
+    questions = [question for question, *_ in pairs]
+    how = dict(temperature=1.0, **run.sampling())
+    with_reference = evaluate(run.model, run.tokenizer, run.retriever, questions,
+                              prompts=[prompt for *_, prompt in pairs], progress="teacher", **how)  # fmt: skip
+    without = evaluate(run.model, run.tokenizer, run.retriever, questions, progress="student", **how)
+    return {
+        "edge": with_reference["em"] - without["em"],
+        "edge_supported": with_reference["em_supported"] - without["em_supported"],
+        "teacher_em": with_reference["em"],
+        "student_em": without["em"],
+    }
+
+
+def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config: Config) -> dict:
+    """One update on a batch of pairs."""
+    num_tokens = sum(sum(student.loss_mask) for _, _, student, _ in pairs)
+    total = 0.0
+    for group in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[2].response_ids)):
+        responses = [student.response_ids for _, _, student, _ in group]  # the same ids for both readers
+        mask = padded([student.loss_mask for _, _, student, _ in group], model.device)  # (B, T)
+        with torch.no_grad():
+            taught = response_logits(teacher, [prompt for *_, prompt in group], responses)  # (B, T, V)
+        logits = response_logits(model, [student.prompt_ids for _, _, student, _ in group], responses)  # (B, T, V)
+        loss = distill_loss(
+            logits, taught, mask, kind=config.divergence, clip=config.clip, tau=config.tau, num_tokens=num_tokens
+        )
+        loss.backward()
+        total += loss.item()
+    return {"loss": total, "grad_norm": update(model, optimizer, config.max_grad_norm)}
+
+
+def ofsd_stage(run: Run, stage: str) -> dict:
+    """Returns the teacher's edge, for the table."""
+    config = run.config
+    began = time.time()
+    questions = run.rng.sample(run.train_set, min(config.ofsd_questions or len(run.train_set), len(run.train_set)))
+    pool = run.sample(questions, group_size=config.group_size, progress="pool")
+    pairs, counts = mine(run, questions, pool)
+    edge = teacher_edge(run, pairs) if pairs else {"edge": None, "edge_supported": None}
+    skipped = not pairs or (edge["edge_supported"] <= 0 and not config.force_ofsd)
+    run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
+    for question, reference, student, _ in pairs:
+        run.append("trajectories.jsonl", {
+            "kind": "pair", "stage": stage, "id": question["id"],
+            "reference": run.as_json(reference), "student": run.as_json(student),
+        })  # fmt: skip
+    print(f"\n{stage}: {counts['pairs']} pairs of {len(questions)} questions ({counts['no_correct']} without a correct "
+          f"trajectory, {counts['no_contrast']} without contrast, {counts['too_long']} too long)")  # fmt: skip
+    if not pairs:
+        print("no pair to learn from: this stage is skipped")
+        return edge
+    print(f"teacher's edge {edge['edge']:+.3f} EM, supported {edge['edge_supported']:+.3f}")
+    if skipped:
+        print("the teacher has no supported edge over the student: this stage is skipped (--force-ofsd runs it)")
+        return edge
+    teacher = frozen_copy(run.model)
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.ofsd_lr, weight_decay=0.0)
+    batches = []
+    for _ in range(config.ofsd_epochs):
+        shuffled = run.rng.sample(pairs, len(pairs))
+        batches += [shuffled[i : i + config.ofsd_batch] for i in range(0, len(pairs), config.ofsd_batch)]
+    print(" step        loss   grad_norm")
+    for step, batch in enumerate(tqdm(batches, desc="distillation", disable=None, leave=False), start=1):
+        stats = ofsd_step(run.model, teacher, optimizer, batch, config)
+        run.log("step", stage, step=step, **stats)
+        tqdm.write(f"{step:5d} {stats['loss']:11.4g} {stats['grad_norm']:11.4g}")
+    return edge
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def train(config: Config) -> Path:
+    """The whole of Search-E1; returns the run's folder."""
+    run = Run(config)
+    run.evaluate("base")
+    for number in range(1, config.rounds + 1):
+        grpo_stage(run, f"grpo-{number}")
+        run.evaluate(f"grpo-{number}")
+        edge = ofsd_stage(run, f"ofsd-{number}")
+        run.evaluate(f"ofsd-{number}", **edge)
+    report(run)
+    return run.folder
+
+
+def report(run: Run) -> None:
+    """The table, and one question before and after."""
+    kinds = sorted({kind for row in run.evaluations for kind in row["em_by"]})
+    print(f"\n{len(run.test_set)} test questions, greedy; edge: the teacher's, sampled, before the stage")
+    print(f"{'stage':8}{'EM':>8}{'F1':>8}" + "".join(f"{'EM ' + kind:>12}" for kind in kinds)
+          + f"{'searches':>10}{'answered':>10}{'edge':>8}{'supported':>11}{'minutes':>9}")  # fmt: skip
+    for row in run.evaluations:
+        edges = [f"{row[name]:+.3f}" if row.get(name) is not None else "" for name in ("edge", "edge_supported")]
+        print(f"{row['stage']:8}{row['em']:8.3f}{row['f1']:8.3f}"
+              + "".join(f"{row['em_by'].get(kind, float('nan')):12.3f}" for kind in kinds)
+              + f"{row['searches']:10.2f}{row['answered']:10.3f}{edges[0]:>8}{edges[1]:>11}{row['time_s'] / 60:9.1f}")  # fmt: skip
+    rows = [json.loads(line) for line in open(run.folder / "trajectories.jsonl", encoding="utf-8")]
+    first, last = run.evaluations[0]["stage"], run.evaluations[-1]["stage"]
+    before, after = ([r for r in rows if r["kind"] == "eval" and r["stage"] == stage] for stage in (first, last))
+    # The longest road to a right answer among those that went wrong before, if there is one.
+    chosen = max(range(len(after)), key=lambda i: (after[i]["em"] - before[i]["em"], len(after[i]["queries"])))
+    for title, row in (("before", before[chosen]), ("after", after[chosen])):
+        print(f"\n{title}: {row['question']}  (answer: {' / '.join(row['golden_answers'])})")
+        print("".join(text for _, text in row["text"]).strip())
+    print(f"\nmetrics, trajectories and the model are in {run.folder}")
+
+
+def parse_config() -> Config:
+    parser = Parser(description="Search-E1: GRPO and offline self-distillation in turn.")
+    for item in fields(Config):
+        flag = "--" + item.name.replace("_", "-")
+        text = f"{item.metadata['help']} (default: {item.default!r})".replace("%", "%%")
+        if item.type is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            parser.add_argument(flag, type=item.type, default=item.default, help=text)
+    return Config(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    run_script(lambda: train(parse_config()))
