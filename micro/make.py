@@ -5,9 +5,10 @@
 
 The world. Persons, towns, companies and novels, about a thousand, each with a passage of one
 sentence that names its relations to others. A name is an invented word and one for its kind
-(Podan Weaver, Podan Bridge); words are shared, so half a name finds strangers. A question asks for the end of a chain of 1 to 3 relations. The
-entities fall in two parts without a relation between them; half of the test questions are
-about the held-out part, which no training, validation or warm-start question mentions.
+(Kegon Sawyer, Vazik Bridge); words are shared, so half a name finds strangers. A question
+asks for the end of a chain of 1 to 3 relations. The entities fall in two parts without a
+relation between them; half of the test questions are about the held-out part, which no
+training, validation or warm-start question mentions.
 
 The model. A Qwen2 of about a million parameters, warm-started on demonstrations by a scripted
 and deliberately clumsy agent. This plays the part that instruction tuning plays for
@@ -16,9 +17,9 @@ about OTHER worlds, drawn afresh with other facts: the model learns how to searc
 and cannot know a single fact of the world it is tested on.
 
 Half of the demonstrations stand under the standard prompt and are clumsy. The others stand
-under OFSD's privileged prompt: with a reference that solves this very question the response
-is efficient; with one of another question it is as clumsy as ever, so that the model has to
-read the reference and not only notice that there is one.
+under OFSD's privileged prompt: with a reference that solves this very question (three in
+four) the response is efficient; with one of another question it is as clumsy as ever, so that
+the model has to read the reference and not only notice that there is one.
 """
 
 import argparse
@@ -139,6 +140,11 @@ EFFICIENT = dict.fromkeys(CLUMSY, 0.0)
 # It also tends to take the entity it has just found for the answer: (hops, hops done) -> probability.
 EARLY = {(2, 1): 0.15, (3, 1): 0.05, (3, 2): 0.55}
 MAX_SEARCHES, K, REFERENCE_TOKENS = 4, 3, 224  # as in train.py's defaults
+# The warm start, in phases: demonstrations, the share of them under the privileged prompt, the
+# learning rate, and what is left of it at the end. Searching and copying come first; reading a
+# reference takes most of the demonstrations; the last phase restores the clumsy habits, which
+# the efficient demonstrations had begun to wear off.
+PHASES = ((12_000, 0.0, 2e-3, 0.8), (24_000, 0.6, 2e-3, 0.01), (14_400, 0.7, 1.5e-3, 0.01), (4_800, 0.4, 1e-3, 0.01))
 
 
 def demonstrate(rng: random.Random, world: World, question: dict, habits: dict) -> list:
@@ -357,9 +363,8 @@ def main() -> None:
     tokenizer = make_tokenizer(all_texts)
     model = make_model(tokenizer)
     print(f"{len(tokenizer)} tokens in the vocabulary, {sum(p.numel() for p in model.parameters()):,} parameters")
-    phases = ((12_000, 0.0, 2e-3, 0.8), (24_000, 0.6, 2e-3, 0.01))  # demonstrations, share privileged, lr, its fall
-    for phase, (count, privileged, lr, last) in enumerate(phases):
-        rng = random.Random(f"{args.seed}, phase {phase}")
+    for phase, (count, privileged, lr, last) in enumerate(PHASES):
+        rng = random.Random(f"{args.seed}, phase {phase}")  # its own, so that a phase can be repeated alone
         warm_start(model, demonstrations(rng, tokenizer, pools, held, count, privileged), rng, lr=lr, last=last)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
