@@ -104,11 +104,11 @@ def load_questions(spec: str) -> list[dict]:
 
 def score(questions: list[dict], trajectories: list[Trajectory]) -> dict:
     """Metrics of one trajectory a question: em, f1, em_supported (right and supported), searches
-    a question, answered (share), n; and em_by, EM for each value of "hops" or else "type"."""
+    a question, answered (share), n; and em_by, EM for each number of "hops" or else "type"."""
     ems = [exact_match(t.answer, q["golden_answers"]) for q, t in zip(questions, trajectories, strict=True)]
     groups: dict[str, list[float]] = {}
     for question, em in zip(questions, ems):
-        kind = question.get("hops", question.get("type"))
+        kind = f"{question['hops']}-hop" if "hops" in question else question.get("type")
         if kind is not None:
             groups.setdefault(str(kind), []).append(em)
     return {

@@ -68,18 +68,18 @@ class Config:
     max_observation_tokens: int = setting(512, "tokens of an observation")
     prompt: str = setting("", "wording of the prompt, with {question} in it (default: the tokenizer's, or PROMPT)")
     # GRPO
-    grpo_steps: int = setting(16, "steps a round")
+    grpo_steps: int = setting(20, "steps a round")
     questions_per_step: int = setting(16, "groups a step")
     group_size: int = setting(5, "G, trajectories a question; also K, OFSD's")
-    grpo_lr: float = setting(1e-4, "learning rate of AdamW")
+    grpo_lr: float = setting(2e-4, "learning rate of AdamW")
     updates: int = setting(1, "updates on each batch of rollouts")
     clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
     kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty to the start policy")
     # OFSD
-    ofsd_questions: int = setting(144, "training questions re-sampled before distillation (0: all)")
-    ofsd_epochs: int = setting(2, "passes over the mined pairs")
+    ofsd_questions: int = setting(360, "training questions re-sampled before distillation (0: all)")
+    ofsd_epochs: int = setting(3, "passes over the mined pairs")
     ofsd_batch: int = setting(16, "pairs an update")
-    ofsd_lr: float = setting(2e-4, "learning rate of AdamW")
+    ofsd_lr: float = setting(3e-4, "learning rate of AdamW")
     divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd")
     clip: str = setting("none", "none, entry (the paper's) or position")
     tau: float = setting(0.05, "cap of the clip, in nats")
@@ -234,7 +234,7 @@ COLUMNS = "reward zero_var kl clip_frac entropy grad_norm length searches no_ans
 def grpo_stage(run: Run, stage: str) -> None:
     config = run.config
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.grpo_lr, weight_decay=0.0)
-    print(f"\n{stage}: {config.grpo_steps} steps\n step " + " ".join(f"{name:>11}" for name in COLUMNS) + "     seconds")
+    print(f"\n{stage}: {config.grpo_steps} steps\n step " + " ".join(f"{name:>8}" for name in COLUMNS) + "  seconds")
     waiting: list[dict] = []  # each pass over the questions is a fresh shuffle
     for step in range(1, config.grpo_steps + 1):
         began = time.time()
@@ -257,7 +257,8 @@ def grpo_stage(run: Run, stage: str) -> None:
             "repeats": sum(len(set(map(str.lower, t.queries))) < len(t.queries) for t in trajectories) / count,
         }
         run.log("step", stage, step=step, **stats, rollout_s=sampled_s, step_s=time.time() - began)
-        print(f"{step:5d} " + " ".join(f"{stats[name]:11.4g}" for name in COLUMNS) + f"{time.time() - began:12.1f}")
+        values = " ".join(f"{stats[name]:{max(8, len(name))}.3g}" for name in COLUMNS)
+        print(f"{step:5d} {values} {time.time() - began:8.1f}")
 
 
 # ---------------------------------------------------------------- OFSD

@@ -17,8 +17,8 @@ about OTHER worlds, drawn afresh with other facts: the model learns how to searc
 and cannot know a single fact of the world it is tested on.
 
 Half of the demonstrations stand under the standard prompt and are clumsy. The others stand
-under OFSD's privileged prompt: with a reference that solves this very question (three in
-four) the response is efficient; with one of another question it is as clumsy as ever, so that
+under OFSD's privileged prompt: with a reference that solves this very question (four in
+five) the response is efficient; with one of another question it is as clumsy as ever, so that
 the model has to read the reference and not only notice that there is one.
 """
 
@@ -135,21 +135,24 @@ class World:
 
 # ---------------------------------------------------------------- the clumsy agent
 
-CLUMSY = dict(whole=0.4, partial=0.15, again=0.12, stranger=0.4, misread=0.05, verify=0.15)
-EFFICIENT = dict.fromkeys(CLUMSY, 0.0)
-# It also tends to take the entity it has just found for the answer: (hops, hops done) -> probability.
-EARLY = {(2, 1): 0.15, (3, 1): 0.05, (3, 2): 0.55}
+# Probabilities of the agent's bad habits. The first query is the whole question, or half a name;
+# a search is made again; a passage about a stranger is taken for the right one; a value is misread.
+HABITS = dict(whole=0.35, partial=0.12, again=0.12, stranger=0.4, misread=0.04)
+# Two more are stronger after some relations than after others, so that some wear off with a
+# little practice and some hardly ever: what was just found is taken for the answer although the
+# question goes on; and, at the end of the road, the answer is searched for before it is given.
+EARLY = dict(spouse=0.9, birthplace=0.25, employer=0.65, founder=0.75, seat=0.2, author=0.4, setting=0.85, mayor=0.35)
+VERIFY = dict(spouse=0.3, birthplace=0.8, employer=0.4, founder=0.7, seat=0.75, author=0.3, setting=0.6, mayor=0.7)
 MAX_SEARCHES, K, REFERENCE_TOKENS = 4, 3, 224  # as in train.py's defaults
 # The warm start, in phases: demonstrations, the share of them under the privileged prompt, the
 # learning rate, and what is left of it at the end. Searching and copying come first; reading a
-# reference takes most of the demonstrations; the last phase restores the clumsy habits, which
-# the efficient demonstrations had begun to wear off.
-PHASES = ((12_000, 0.0, 2e-3, 0.8), (24_000, 0.6, 2e-3, 0.01), (14_400, 0.7, 1.5e-3, 0.01), (4_800, 0.4, 1e-3, 0.01))
+# reference takes most of the demonstrations.
+PHASES = ((12_000, 0.0, 2e-3, 0.8), (36_000, 0.6, 2e-3, 0.01))
 
 
-def demonstrate(rng: random.Random, world: World, question: dict, habits: dict) -> list:
+def demonstrate(rng: random.Random, world: World, question: dict, clumsy: bool) -> list:
     """One scripted trajectory: texts the agent writes and lists of passages it is shown, in
-    turn. habits are the probabilities of its bad habits."""
+    turn. Without its bad habits it takes the straight road to the answer."""
     steps: list = []
     searches = 0
 
@@ -164,19 +167,19 @@ def demonstrate(rng: random.Random, world: World, question: dict, habits: dict) 
         steps.append(f"<think> {thought}</think>\n<answer> {name}</answer>")
         return steps
 
-    def chance(habit: str) -> bool:
-        return rng.random() < habits[habit]
+    def chance(probability: float) -> bool:
+        return clumsy and rng.random() < probability
 
     entity, learned = question["path"][0], ""
     for hop, relation in enumerate(question["chain"]):
         thought = f"{learned}I need the {relation} of {entity}."
-        if hop == 0 and chance("whole"):
+        if hop == 0 and chance(HABITS["whole"]):
             titles = search(thought, question["question"])
         else:
-            titles = search(thought, entity.split()[0] if chance("partial") else entity)
-        if searches < MAX_SEARCHES and chance("again"):
+            titles = search(thought, entity.split()[0] if chance(HABITS["partial"]) else entity)
+        if searches < MAX_SEARCHES and chance(HABITS["again"]):
             titles = search("I search again.", entity)
-        if entity not in titles and searches < MAX_SEARCHES and not chance("stranger"):
+        if entity not in titles and searches < MAX_SEARCHES and not chance(HABITS["stranger"]):
             titles = search(f"I did not find {entity}.", entity)
         if entity not in titles or relation not in world.facts[entity]:  # takes a stranger's passage
             likely = [title for title in titles if relation in world.facts[title]]
@@ -184,15 +187,14 @@ def demonstrate(rng: random.Random, world: World, question: dict, habits: dict) 
                 return answer(f"I did not find {entity}.", entity)
             entity = likely[0]
         value = world.facts[entity][relation]
-        if chance("misread"):
+        if chance(HABITS["misread"]):
             value = rng.choice([*world.facts[entity].values(), *world.facts[rng.choice(titles)].values()])
         learned = f"The {relation} of {entity} is {value}. "
         entity = value
         last = hop + 1 == len(question["chain"])
-        early = EARLY.get((len(question["chain"]), hop + 1), 0.0) if habits is CLUMSY else 0.0
-        if last or searches == MAX_SEARCHES or rng.random() < early:
+        if last or searches == MAX_SEARCHES or chance(EARLY[relation]):
             break
-    if last and searches < MAX_SEARCHES and chance("verify"):
+    if last and searches < MAX_SEARCHES and chance(VERIFY[relation]):
         search(f"{learned}I search again.", entity)
         learned = ""
     return answer(f"{learned}The answer is {entity}.", entity)
@@ -263,15 +265,15 @@ def demonstrations(
                 continue
             asked = question["question"]
             prompt = chat_ids(tokenizer, standard_prompt(tokenizer, asked))
-            steps = demonstrate(rng, world, question, CLUMSY)
-            if rng.random() < privileged:  # a correct reference of the same question three times in four
+            steps = demonstrate(rng, world, question, clumsy=True)
+            if rng.random() < privileged:  # a correct reference of the same question four times in five
                 for _ in range(50):
                     if question["golden_answers"][0] in steps[-1].split("<answer>")[1]:
                         break
-                    steps = demonstrate(rng, world, question, CLUMSY)
+                    steps = demonstrate(rng, world, question, clumsy=True)
                 reference = as_trajectory(tokenizer, steps, asked, prompt)
-                own = rng.random() < 0.75 or previous is None
-                steps = demonstrate(rng, world, question, EFFICIENT if own else CLUMSY)
+                own = rng.random() < 0.8 or previous is None
+                steps = demonstrate(rng, world, question, clumsy=not own)
                 prompt = privileged_prompt(tokenizer, asked, reference if own else previous, REFERENCE_TOKENS)
                 previous = reference
             made.append(as_trajectory(tokenizer, steps, asked, prompt))
@@ -303,7 +305,8 @@ def warm_start(model, demos: list[Trajectory], rng: random.Random, *, lr: float,
                 targets[row, : len(demo.response_ids)] = torch.tensor(demo.response_ids)
                 weights[row, : len(demo.loss_mask)] = torch.tensor(demo.loss_mask).clamp(min=observation_weight)
             targets, weights = targets.to(logits.device), weights.to(logits.device)
-            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (B, T)
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (B * T,)
+            losses = losses.view_as(targets)  # (B, T)
             loss = (losses * weights).sum() / weights.sum()
             optimizer.zero_grad()
             loss.backward()
@@ -357,7 +360,7 @@ def main() -> None:
         return
 
     held = frozenset(name for name, part in world.part.items() if part)
-    sample = [demonstrate(rng, world, q, CLUMSY) for q in (world.question(rng, 3) for _ in range(300)) if q]
+    sample = [demonstrate(rng, world, q, clumsy=True) for q in (world.question(rng, 3) for _ in range(300)) if q]
     all_texts += [step for steps in sample for step in steps if isinstance(step, str)]
     all_texts += [" " + word for word in sum([*pools.values(), *SUFFIXES.values()], [])] + ["user\nassistant\n" + PRIVILEGED + " nothing was found"]
     tokenizer = make_tokenizer(all_texts)

@@ -67,7 +67,7 @@ def test_score_adds_up():
     assert result["em"] == result["f1"] == pytest.approx(2 / 3)
     assert result["em_supported"] == pytest.approx(1 / 3)  # Oslo was a guess
     assert (result["searches"], result["answered"], result["n"]) == (1, pytest.approx(2 / 3), 3)
-    assert result["em_by"] == {"1": 1.0, "2": 0.5}
+    assert result["em_by"] == {"1-hop": 1.0, "2-hop": 0.5}
     with pytest.raises(ValueError):
         score(questions, rows[:2])
 

@@ -83,8 +83,8 @@ def test_the_demonstrations_are_clumsy_and_the_efficient_ones_are_right():
     world = make.World(rng, make.name_pools(rng))
     questions = [q for q in (world.question(rng, 2) for _ in range(300)) if q]
     right = {}
-    for name, habits in (("clumsy", make.CLUMSY), ("efficient", make.EFFICIENT)):
-        plays = [make.demonstrate(rng, world, question, habits) for question in questions]
+    for name in ("clumsy", "efficient"):
+        plays = [make.demonstrate(rng, world, question, clumsy=name == "clumsy") for question in questions]
         right[name] = sum(f"<answer> {q['golden_answers'][0]}</answer>" in play[-1] for q, play in zip(questions, plays))
         assert all(sum(isinstance(step, list) for step in play) <= make.MAX_SEARCHES for play in plays)
     assert right["efficient"] == len(questions) > right["clumsy"] > len(questions) / 3
