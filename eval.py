@@ -20,13 +20,14 @@ Deviations from the paper
 import json
 import re
 import string
+import sys
 from collections import Counter
 from pathlib import Path
 from statistics import mean
 
 from datasets import load_dataset
 
-from retriever import BM25, BadInput, Parser, load_corpus, read_jsonl, run_script
+from retriever import BM25, BadInput, Parser, at_least, load_corpus, read_jsonl, run_script
 from rollout import Trajectory, load_model, rollout
 
 
@@ -134,10 +135,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a model folder or hub name")
     parser.add_argument("--questions", required=True, help="JSON lines, plain or .gz, or hub/dataset:config:split")
     parser.add_argument("--corpus", required=True, help="JSON lines of passages, plain or .gz")
-    parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--k", type=int, default=3, help="passages a search")
-    parser.add_argument("--max-searches", type=int, default=4, help="searches a question")
-    args = parser.parse_args()
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many questions")
+    parser.add_argument("--k", type=at_least(1), default=3, help="passages a search")
+    parser.add_argument("--max-searches", type=at_least(0), default=4, help="searches a question")
+    args = parser.parse_args(sys.argv[1:] or ["--help"])
     questions = load_questions(args.questions)[: args.limit]
     retriever = BM25(load_corpus(args.corpus))
     model, tokenizer = load_model(args.model)

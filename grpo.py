@@ -99,3 +99,7 @@ def grpo_loss(
     if norm == "dr_grpo":
         return losses.sum() / (len(losses) * (max_len or losses.shape[1])), stats
     raise ValueError(f"norm is token, grpo or dr_grpo, not {norm!r}")
+
+
+if __name__ == "__main__":
+    print(__doc__)

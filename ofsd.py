@@ -159,3 +159,7 @@ def distill_loss(
     elif clip not in ("none", "entry"):
         raise ValueError(f"clip is none, entry or position, not {clip!r}")
     return divergence.sum() / (num_tokens or max(len(divergence), 1))
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -43,6 +43,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
+def at_least(least: int):
+    """An argparse type: a whole number not below least."""
+
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not {text!r}")
+        return int(text)
+
+    return whole_number
+
+
 def run_script(main) -> None:
     """Run a script's main(): bad input ends it with one line and exit status 2, no traceback."""
     try:
@@ -177,9 +188,9 @@ class BM25:
 def main() -> None:
     parser = Parser(description="Search a corpus of JSON lines with BM25.")
     parser.add_argument("--corpus", required=True, help='JSON lines of {"id", "title", "text"}, plain or .gz')
-    parser.add_argument("--k", type=int, default=3, help="passages to print")
+    parser.add_argument("--k", type=at_least(1), default=3, help="passages to print")
     parser.add_argument("query", nargs="+", help="the words to search for")
-    args = parser.parse_args()
+    args = parser.parse_args(sys.argv[1:] or ["--help"])
     found = BM25(load_corpus(args.corpus)).search([" ".join(args.query)], args.k)[0]
     for rank, passage in enumerate(found, start=1):
         print(f"{rank}. {passage.score:.4f}  {passage.title}: {passage.text}")

@@ -26,6 +26,7 @@ Deviations from the paper
        ours; the paper states only the 4 searches. k = 3 passages a search is Search-R1's.
 """
 
+import inspect
 import logging
 import re
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils.logging import disable_progress_bar
 
 from retriever import BadInput, Passage
 
@@ -92,6 +94,7 @@ def load_model(name: str):
     if not path.exists() and path.parent != Path() and path.parent.is_dir():  # a path, mistyped: no use asking the hub
         raise BadInput(f"no such model folder: {name}")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the one line that is wanted
+    disable_progress_bar()  # of reading and writing weights: a line that tells a reader nothing
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
@@ -99,6 +102,7 @@ def load_model(name: str):
         raise BadInput(f"cannot load a model and its tokenizer from {name}: {error}") from None
     if not len(tokenizer) or tokenizer.eos_token_id is None:
         raise BadInput(f"{name}: no usable tokenizer there (it has no words or no end-of-sequence token)")
+    RowCache(model)  # refuses a model that it could not sample
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -156,14 +160,17 @@ def fit_lengths(lengths: list[int], room: int) -> list[int]:
     >>> fit_lengths([5, 100, 40], room=65)
     [5, 30, 30]
     """
-    limit = max(lengths, default=0)
-    while limit > 0 and sum(min(length, limit) for length in lengths) > room:
-        limit -= 1
-    return [min(length, limit) for length in lengths]
+    for shorter, length in enumerate(sorted(lengths)):  # those shorter than the limit stay whole
+        limit = max(room, 0) // (len(lengths) - shorter)
+        if length > limit:
+            return [min(length, limit) for length in lengths]
+        room -= length
+    return list(lengths)
 
 
 def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int]:
-    """<information>, a line "- title: text" for each passage, </information>, as ids. The passages are cut to fit the budget (tokens, tags included) first, so no tag is ever cut."""
+    """<information>, a line "- title: text" for each passage, </information>, as ids. The passages
+    are cut to fit the budget (tokens, tags included) first, so no tag is ever cut."""
     newline, head, tail = (encode(tokenizer, text) for text in ("\n", "\n<information>\n", "</information>\n"))
     lines = [" ".join(f"- {passage.title}: {passage.text}".split()) for passage in passages] or ["nothing was found"]
     lines = [encode(tokenizer, neutralise(line, tokenizer)) for line in lines]
@@ -221,8 +228,10 @@ class RowCache(Cache):
 
     def __init__(self, model):
         config = model.config.get_text_config()
-        if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or []):
-            raise BadInput(f"{config.model_type}: only models whose every layer is full attention can be sampled here")
+        kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full_attention"]
+        wanted = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+        if {*kinds} != {"full_attention"} or not wanted <= inspect.signature(model.forward).parameters.keys():
+            raise BadInput(f"{config.model_type}: only decoders whose every layer is full attention can be sampled here")
         super().__init__(layers=[RowLayer(self) for _ in range(config.num_hidden_layers)])
         self.model, self.context = model, context_length(model)
         self.lengths: list[int] = []  # tokens held by each row
@@ -403,3 +412,7 @@ def rollout(
         for start in range(0, len(result), step):
             run_batch(result[start : start + step])
     return result
+
+
+if __name__ == "__main__":
+    print(__doc__)

@@ -44,7 +44,7 @@ from eval import evaluate, exact_match, load_questions, score
 from grpo import group_advantages, grpo_loss, token_entropies, token_logprobs
 from ofsd import distill_loss, mine_pair, privileged_prompt, spans
 from retriever import BM25, BadInput, Parser, load_corpus, run_script
-from rollout import Trajectory, decode, load_model, response_logits, rollout
+from rollout import Trajectory, context_length, decode, load_model, response_logits, rollout
 
 
 def setting(default, help: str):
@@ -95,6 +95,8 @@ class Config:
         for name, allowed in {"divergence": ("forward_kl", "reverse_kl", "jsd"), "clip": ("none", "entry", "position")}.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.prompt and "{question}" not in self.prompt:
+            raise BadInput("prompt must hold {question}, where the question goes")
         zero_allowed = {"seed", "rounds", "max_searches", "grpo_steps", "kl_coef", "ofsd_questions", "ofsd_epochs", "eval_limit"}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -122,7 +124,10 @@ class Run:
         self.start = frozen_copy(self.model)
         self.evaluations: list[dict] = []
         self.began = time.time()
-        self.folder.mkdir(parents=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(f"cannot make the run's folder: {error}") from None
         (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     def log(self, kind: str, stage: str, **metrics) -> None:
@@ -195,8 +200,8 @@ def grpo_step(model, start, optimizer, trajectories: list[Trajectory], rewards: 
     num_tokens = sum(sum(t.loss_mask) for t in trajectories)
     # Without variance there is no gradient, and the forward pass may be skipped; not all of
     # them, though, since the statistics are what tells a collapse.
-    batch = [pair for pair in zip(trajectories, advantages) if pair[1] or config.kl_coef]
-    batch = batch or list(zip(trajectories, advantages))[: config.micro_batch]
+    written = [pair for pair in zip(trajectories, advantages) if pair[0].response_ids]  # a prompt too long gets no answer
+    batch = [pair for pair in written if pair[1] or config.kl_coef] or written[: config.micro_batch]
     seen = sum(sum(t.loss_mask) for t, _ in batch)  # policy tokens with a forward pass
     stats = dict.fromkeys(("loss", "kl", "clip_frac", "entropy", "grad_norm", "logprob_gap"), 0.0)
     groups = micro_batches(batch, config.micro_batch, lambda pair: len(pair[0].response_ids))
@@ -275,7 +280,8 @@ def mine(run: Run, questions: list[dict], trajectories: list[Trajectory]) -> tup
         if pair is None:
             counts["no_contrast" if any(rewards) else "no_correct"] += 1
             continue
-        prompt = privileged_prompt(run.tokenizer, question["question"], pair[0], run.config.max_reference_tokens)
+        room = min(run.config.max_reference_tokens, context_length(run.model) - len(pair[1].response_ids))
+        prompt = privileged_prompt(run.tokenizer, question["question"], pair[0], room)
         if prompt is None:
             counts["too_long"] += 1
             continue

