@@ -24,7 +24,9 @@ Deviations from the paper
     2. Before a stage of distillation the teacher's edge is measured on fresh samples, and a
        stage without a positive supported edge is skipped (--force-ofsd runs it): a teacher
        that is no better, or that only copies the reference's answer, does harm.
-    3. kl, entropy, clip_frac and the gap are means over the groups with variance: the others
+    3. GRPO's learning rate falls over the run (the paper states no schedule): at a constant one the
+       teacher's supported edge before the second distillation was -.08 to +.07 on validation.
+    4. kl, entropy, clip_frac and the gap are means over the groups with variance: the others
        need no forward pass. Where no group has any, the first micro-batch stands in.
 """
 
@@ -71,15 +73,15 @@ class Config:
     grpo_steps: int = setting(20, "steps a round")
     questions_per_step: int = setting(16, "groups a step")
     group_size: int = setting(5, "G, trajectories a question; also K, OFSD's")
-    grpo_lr: float = setting(2e-4, "learning rate of AdamW")
+    grpo_lr: float = setting(1.5e-4, "learning rate of AdamW at the start; it falls in a line to 0 at the last round's end")
     updates: int = setting(1, "updates on each batch of rollouts")
     clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
     kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty to the start policy")
     # OFSD
     ofsd_questions: int = setting(360, "training questions re-sampled before distillation (0: all)")
-    ofsd_epochs: int = setting(3, "passes over the mined pairs")
+    ofsd_epochs: int = setting(2, "passes over the mined pairs")
     ofsd_batch: int = setting(16, "pairs an update")
-    ofsd_lr: float = setting(3e-4, "learning rate of AdamW")
+    ofsd_lr: float = setting(2e-4, "learning rate of AdamW")
     divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd")
     clip: str = setting("none", "none, entry (the paper's) or position")
     tau: float = setting(0.05, "cap of the clip, in nats")
@@ -236,13 +238,16 @@ def grpo_step(model, start, optimizer, trajectories: list[Trajectory], rewards: 
 COLUMNS = "reward zero_var kl clip_frac entropy grad_norm length searches no_answer repeats logprob_gap".split()
 
 
-def grpo_stage(run: Run, stage: str) -> None:
-    config = run.config
+def grpo_stage(run: Run, number: int) -> None:
+    """Stage grpo-<number>; number counts the rounds from 1."""
+    config, stage = run.config, f"grpo-{number}"
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.grpo_lr, weight_decay=0.0)
     print(f"\n{stage}: {config.grpo_steps} steps\n step " + " ".join(f"{name:>8}" for name in COLUMNS) + "  seconds")
     waiting: list[dict] = []  # each pass over the questions is a fresh shuffle
     for step in range(1, config.grpo_steps + 1):
         began = time.time()
+        done = (number - 1) * config.grpo_steps + step - 1
+        optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - done / (config.rounds * config.grpo_steps))
         while len(waiting) < config.questions_per_step:
             waiting += run.rng.sample(run.train_set, len(run.train_set))
         questions, waiting = waiting[: config.questions_per_step], waiting[config.questions_per_step :]
@@ -369,7 +374,7 @@ def train(config: Config) -> Path:
     run = Run(config)
     run.evaluate("base")
     for number in range(1, config.rounds + 1):
-        grpo_stage(run, f"grpo-{number}")
+        grpo_stage(run, number)
         run.evaluate(f"grpo-{number}")
         edge = ofsd_stage(run, f"ofsd-{number}")
         run.evaluate(f"ofsd-{number}", **edge)
