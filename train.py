@@ -386,12 +386,12 @@ def report(run: Run) -> None:
     """The table, and one question before and after."""
     kinds = sorted({kind for row in run.evaluations for kind in row["em_by"]})
     print(f"\n{len(run.test_set)} test questions, greedy; edge: the teacher's, sampled, before the stage")
-    print(f"{'stage':8}{'EM':>8}{'F1':>8}" + "".join(f"{'EM ' + kind:>12}" for kind in kinds)
+    print(f"{'stage':8}{'EM':>8}{'F1':>8}" + "".join(f"{'EM ' + kind:>{len(kind) + 5}}" for kind in kinds)
           + f"{'searches':>10}{'answered':>10}{'edge':>8}{'supported':>11}{'minutes':>9}")  # fmt: skip
     for row in run.evaluations:
         edges = [f"{row[name]:+.3f}" if row.get(name) is not None else "" for name in ("edge", "edge_supported")]
         print(f"{row['stage']:8}{row['em']:8.3f}{row['f1']:8.3f}"
-              + "".join(f"{row['em_by'].get(kind, float('nan')):12.3f}" for kind in kinds)
+              + "".join(f"{row['em_by'].get(kind, float('nan')):{len(kind) + 5}.3f}" for kind in kinds)
               + f"{row['searches']:10.2f}{row['answered']:10.3f}{edges[0]:>8}{edges[1]:>11}{row['time_s'] / 60:9.1f}")  # fmt: skip
     rows = [json.loads(line) for line in open(run.folder / "trajectories.jsonl", encoding="utf-8")]
     first, last = run.evaluations[0]["stage"], run.evaluations[-1]["stage"]

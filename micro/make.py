@@ -2,7 +2,7 @@
 
     python micro/make.py              # rewrites everything in micro/ from seed 0; about 25 minutes on 2 cores
     python micro/make.py --data-only  # corpus and questions only; seconds
-    python micro/make.py --check micro/model  # measure a model on the test questions; two minutes
+    python micro/make.py --check micro/model  # measure a model on the test questions; a minute
 
 The world. Persons, towns, companies and novels, about a thousand, each with a passage of one
 sentence that names its relations to others. A name is an invented word and one for its kind

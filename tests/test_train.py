@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import train as train_module
 from grpo import group_advantages
-from ofsd import spans
+from ofsd import mine_pair, privileged_prompt, spans
 from retriever import BadInput
 from rollout import load_model, rollout
 from train import Config, frozen_copy, grpo_step, ofsd_step, train
@@ -274,6 +274,18 @@ def test_the_loop_runs_with_smollm2_on_real_questions(tmp_path):
     step = next(row for row in rows if row["kind"] == "step")
     assert step["logprob_gap"] < 1e-3 and step["entropy"] > 0
     assert [row["stage"] for row in rows if row["kind"] == "eval"] == ["base", "grpo-1", "ofsd-1"]
+    # Distillation itself, with one of two samples taken for a correct one.
+    model, tokenizer = load_model(os.environ["SMOLLM2_DIR"])
+    group = rollout(model, tokenizer, None, ["Who wrote Hamlet?"], group_size=2, seed=0, max_turn_tokens=48, max_searches=0)
+    reference, student = mine_pair(group, [1, 0])
+    prompt = privileged_prompt(tokenizer, "Who wrote Hamlet?", reference, 2048)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    config = replace(SMALL, micro_batch=1)
+    losses = [
+        ofsd_step(model, frozen, optimizer, [({}, reference, student, prompt)], config)["loss"]
+        for frozen in [frozen_copy(model)] for _ in range(3)
+    ]  # fmt: skip
+    assert losses[0] > losses[-1] > 0
 
 
 def test_a_trajectory_in_json_keeps_who_wrote_what(small_run, micro, batch):
