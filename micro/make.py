@@ -39,11 +39,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from eval import evaluate, exact_match, load_questions  # noqa: E402
-from ofsd import PRIVILEGED, mine_pair, privileged_prompt  # noqa: E402
+from ofsd import PRIVILEGED, privileged_prompt  # noqa: E402
 from retriever import BM25, Passage, load_corpus  # noqa: E402
 from rollout import (  # noqa: E402
     TAGS, Trajectory, chat_ids, encode, load_model, observation_ids, response_logits, rollout, standard_prompt,
 )  # fmt: skip
+from train import Config, mine, teacher_edge  # noqa: E402
 
 # ---------------------------------------------------------------- the world
 
@@ -157,12 +158,13 @@ PHASES = ((12_000, 0.0, 2e-3, 0.8), (36_000, 0.6, 2e-3, 0.01))
 
 def demonstrate(rng: random.Random, world: World, question: dict, clumsy: bool) -> list:
     """One scripted trajectory: texts the agent writes and lists of passages it is shown, in
-    turn. Without its bad habits it takes the straight road to the answer."""
+    turn. Without its bad habits it takes the straight road to the answer.
+
+    The thoughts of going on (I need), of checking (Let me) and of answering (The answer) begin with
+    words of their own: where two begin alike, to unlearn the one may be to unlearn the other."""
     steps: list = []
     searches = 0
 
-    # The thoughts of going on (I need), of checking (Let me) and of answering (The answer) begin with
-    # words of their own: where two began alike, unlearning one of them unlearned the other.
     def search(thought: str, query: str) -> list[str]:
         nonlocal searches
         searches += 1
@@ -337,24 +339,17 @@ def check(name: str) -> dict:
     model, tokenizer = load_model(name)
     index, questions = BM25(load_corpus(HERE / "corpus.jsonl")), load_questions(str(HERE / "test.jsonl"))
     set_seed(0)
-    asked, golds = [q["question"] for q in questions], [q["golden_answers"] for q in questions]
+    run = SimpleNamespace(config=Config(), model=model, tokenizer=tokenizer, retriever=index, sampling=dict)
+    size = run.config.group_size
     greedy = evaluate(model, tokenizer, index, questions, progress="greedy")
-    pool = rollout(model, tokenizer, index, asked, group_size=5, progress="sampled")
-    rewards = [exact_match(t.answer, golds[i // 5]) for i, t in enumerate(pool)]
-    mined, prompts = [], []
-    for i, question in enumerate(questions):
-        pair = mine_pair(pool[5 * i : 5 * i + 5], rewards[5 * i : 5 * i + 5])
-        prompt = privileged_prompt(tokenizer, question["question"], pair[0], REFERENCE_TOKENS) if pair else None
-        if prompt:
-            mined.append(question)
-            prompts.append(prompt)
-    teacher = evaluate(model, tokenizer, index, mined, temperature=1.0, prompts=prompts)
-    student = evaluate(model, tokenizer, index, mined, temperature=1.0)
+    pool = rollout(model, tokenizer, index, [q["question"] for q in questions], group_size=size, progress="sampled")
+    golds = [q["golden_answers"] for q in questions for _ in range(size)]
+    sampled = [exact_match(t.answer, gold) for t, gold in zip(pool, golds)]
+    pairs, counts = mine(run, questions, pool)
     nothing = SimpleNamespace(search=lambda queries, k: [[] for _ in queries])
     return {
-        "greedy": greedy["em"], "sampled": sum(rewards) / len(rewards), "pairs": len(mined),
-        "teacher": teacher["em"], "student": student["em"],
-        "teacher_supported": teacher["em_supported"], "student_supported": student["em_supported"],
+        "greedy": greedy["em"], "sampled": sum(sampled) / len(sampled), **counts,
+        **(teacher_edge(run, pairs) if pairs else {}),
         "nothing_found": evaluate(model, tokenizer, nothing, questions)["em"],
     }  # fmt: skip
 

@@ -280,11 +280,8 @@ def test_the_loop_runs_with_smollm2_on_real_questions(tmp_path):
     reference, student = mine_pair(group, [1, 0])
     prompt = privileged_prompt(tokenizer, "Who wrote Hamlet?", reference, 2048)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    config = replace(SMALL, micro_batch=1)
-    losses = [
-        ofsd_step(model, frozen, optimizer, [({}, reference, student, prompt)], config)["loss"]
-        for frozen in [frozen_copy(model)] for _ in range(3)
-    ]  # fmt: skip
+    teacher, pairs = frozen_copy(model), [({}, reference, student, prompt)]
+    losses = [ofsd_step(model, teacher, optimizer, pairs, SMALL)["loss"] for _ in range(3)]
     assert losses[0] > losses[-1] > 0
 
 
