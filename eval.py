@@ -27,7 +27,7 @@ from statistics import mean
 
 from datasets import load_dataset
 
-from retriever import BM25, BadInput, Parser, at_least, load_corpus, read_jsonl, run_script
+from retriever import BadInput, Parser, RemoteRetriever, at_least, open_index, read_jsonl, run_script
 from rollout import Trajectory, load_model, rollout
 
 
@@ -134,13 +134,15 @@ def main() -> None:
     parser = Parser(description="Evaluate a model with its searches, greedily.")
     parser.add_argument("--model", required=True, help="a model folder or hub name")
     parser.add_argument("--questions", required=True, help="JSON lines, plain or .gz, or hub/dataset:config:split")
-    parser.add_argument("--corpus", required=True, help="JSON lines of passages, plain or .gz")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--corpus", help="JSON lines of passages, plain or .gz; CORPUS.bm25 is their saved index, if it is newer")
+    where.add_argument("--retriever-url", help="a server that speaks Search-R1's protocol, in place of a corpus")
     parser.add_argument("--limit", type=at_least(1), help="only the first so many questions")
     parser.add_argument("--k", type=at_least(1), default=3, help="passages a search")
     parser.add_argument("--max-searches", type=at_least(0), default=4, help="searches a question")
     args = parser.parse_args(sys.argv[1:] or ["--help"])
     questions = load_questions(args.questions)[: args.limit]
-    retriever = BM25(load_corpus(args.corpus))
+    retriever = RemoteRetriever(args.retriever_url) if args.retriever_url else open_index(args.corpus)
     model, tokenizer = load_model(args.model)
     result = evaluate(
         model, tokenizer, retriever, questions, k=args.k, max_searches=args.max_searches, progress="evaluation"

@@ -22,14 +22,22 @@ This file also holds what every script needs to refuse bad input in one clear li
 
 import argparse
 import gzip
+import http.client
 import json
+import os
 import re
+import secrets
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
+import time
+import urllib.request
+import zlib
+from array import array
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 
 class BadInput(ValueError):
@@ -96,25 +104,31 @@ class Passage:
     score: float = 0.0
 
 
-def load_corpus(path) -> list[Passage]:
-    """Read passages: lines of {"id", "title", "text"}, or of {"id", "contents"} as Search-R1 and
-    FlashRAG have them (the first line of contents is the title, in quotes or not).
+def read_corpus(path):
+    """Yield passages from lines of {"id", "title", "text"}, or of {"id", "contents"} as Search-R1
+    and FlashRAG have them (the first line of contents is the title, in quotes or not).
 
     Raises BadInput for a malformed line (file and line number) and for an empty corpus.
     """
-    corpus = []
+    where = ""
     for where, row in read_jsonl(path):
-        if "contents" in row:
-            title, _, text = str(row["contents"]).partition("\n")
-            title = title.strip().strip('"')
-        else:
-            title, text = row.get("title", ""), row.get("text")
+        row = row | title_and_text(row["contents"]) if isinstance(row.get("contents"), str) else row
+        title, text = row.get("title", ""), row.get("text")
         if not isinstance(text, str) or not isinstance(title, str) or "id" not in row:
             raise BadInput(f'{where}: a passage needs "id" and either "title" and "text" or "contents"')
-        corpus.append(Passage(str(row["id"]), title, text))
-    if not corpus:
+        yield Passage(str(row["id"]), title, text)
+    if not where:
         raise BadInput(f"{path}: the corpus is empty")
-    return corpus
+
+
+def title_and_text(contents: str) -> dict[str, str]:
+    title, _, text = contents.partition("\n")
+    return {"title": title.strip().strip('"'), "text": text}
+
+
+def load_corpus(path) -> list[Passage]:
+    """All of read_corpus(path), in memory."""
+    return list(read_corpus(path))
 
 
 def words(text: str) -> list[str]:
@@ -127,8 +141,13 @@ def words(text: str) -> list[str]:
 
 
 class BM25:
-    """An inverted index: for each word its postings, the passages that hold it and the tf part
-    of the score, tf / (tf + norm). A query adds idf * part over the postings of its words.
+    """An inverted index of precomputed impacts, idf * tf / (tf + norm): a query adds up those of
+    its words. A word in few passages has postings, the numbers of its passages and their impacts;
+    one in more than a twentieth of them, where the time would go, has a column: an impact for
+    every passage, zeros included, that is added as one vector. There are at most 20 times as many
+    such words as a passage has words on average.
+
+    corpus: any iterable of passages, read once; what is held is the index, not the objects.
 
     >>> corpus = [Passage("0", "Cats", "a cat sat"), Passage("1", "Dogs", "a dog"), Passage("2", "Empty", "")]
     >>> index = BM25(corpus)
@@ -138,62 +157,259 @@ class BM25:
     [[]]
     """
 
-    def __init__(self, corpus, k1: float = 0.9, b: float = 0.4):
-        if not corpus:
+    ARRAYS = "vocabulary_text", "starts", "docs", "impacts", "common", "columns", "texts", "ends"
+
+    def __init__(self, corpus, k1: float = 0.9, b: float = 0.4, source: str = ""):
+        vocabulary = defaultdict()
+        vocabulary.default_factory = vocabulary.__len__  # a word not seen before gets the next row
+        texts, ends, lengths = bytearray(), array("q", [0]), array("q")
+        tokens, first = array("q"), 0  # the words, as rows, of the passages from number `first` on
+        runs = []  # (row << 32 | passage, count), sorted: some million tokens each, so memory stays near the index's
+
+        def close_run() -> None:
+            docs = np.repeat(np.arange(first, len(lengths)), lengths[first:])
+            keys, counts = np.unique(np.asarray(tokens, np.int64) << 32 | docs, return_counts=True)
+            runs.append((keys, counts.astype(np.int32)))
+
+        for passage in tqdm(corpus, desc="indexing", unit=" passages", disable=None, leave=False, delay=1):
+            found = words(f"{passage.title} {passage.text}")
+            tokens.extend(map(vocabulary.__getitem__, found))
+            lengths.append(len(found))
+            texts += json.dumps([passage.id, passage.title, passage.text]).encode()
+            ends.append(len(texts))
+            if len(tokens) > RUN:
+                close_run()
+                tokens, first = array("q"), len(lengths)
+        if not lengths:
             raise BadInput("the corpus is empty: BM25 needs at least one passage")
-        self.corpus, self.k1, self.b = list(corpus), k1, b
-        self.vocabulary: dict[str, int] = {}  # word -> row of the index
-        rows, docs, counts, lengths = [], [], [], np.zeros(len(self.corpus))
-        for number, passage in enumerate(self.corpus):
-            bag = Counter(words(f"{passage.title} {passage.text}"))
-            lengths[number] = bag.total()
-            for word, count in bag.items():
-                rows.append(self.vocabulary.setdefault(word, len(self.vocabulary)))
-                docs.append(number)
-                counts.append(count)
-        rows, docs, counts = np.array(rows, np.int64), np.array(docs, np.int64), np.array(counts)
+        close_run()
+        del tokens
+
+        size, num_words = len(lengths), len(vocabulary)
+        df = sum(np.bincount(keys >> 32, minlength=num_words) for keys, _ in runs)  # (W,)
+        idf = np.log(1 + (size - df + 0.5) / (df + 0.5))  # (W,)
+        lengths = np.array(lengths)
         norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1e-9))  # (N,)
-        order = np.argsort(rows, kind="stable")  # group the postings by word, passages ascending
-        self.docs = docs[order]  # (P,) passage of each posting
-        self.parts = (counts / (counts + norm[docs]))[order]  # (P,) tf part of its score
-        df = np.bincount(rows, minlength=len(self.vocabulary))  # (W,)
-        self.starts = np.concatenate([[0], np.cumsum(df)])  # word w owns starts[w]:starts[w + 1]
-        self.idf = np.log(1 + (len(self.corpus) - df + 0.5) / (df + 0.5))  # (W,)
+        self.k1, self.b, self.size, self.source = k1, b, size, source
+        self.common = np.flatnonzero(df > size / 20)  # (D,) words that have a column
+        column = np.full(num_words, -1)  # (W,)
+        column[self.common] = np.arange(len(self.common))
+        self.columns = np.zeros((len(self.common), -(-size // BLOCK) * BLOCK), np.float32)  # (D, N rounded up)
+        self.starts = np.concatenate([[0], np.cumsum(np.where(column < 0, df, 0))])  # word w owns starts[w]:starts[w + 1]
+        self.docs = np.empty(self.starts[-1], np.int32)  # (P,) passage of each posting
+        self.impacts = np.empty(self.starts[-1], np.float32)  # (P,)
+        filled = self.starts[:-1].copy()  # (W,) where each word's next posting goes
+        for _ in range(len(runs)):
+            keys, counts = runs.pop(0)
+            rows, docs = keys >> 32, keys & 0xFFFFFFFF
+            impacts = (idf[rows] * counts / (counts + norm[docs])).astype(np.float32)
+            dense = column[rows] >= 0
+            self.columns[column[rows[dense]], docs[dense]] = impacts[dense]
+            rows, docs, impacts = rows[~dense], docs[~dense], impacts[~dense]
+            own = np.bincount(rows, minlength=num_words)  # (W,) postings of this run, which stand together
+            place = (filled - np.cumsum(own) + own)[rows] + np.arange(len(rows))
+            self.docs[place], self.impacts[place] = docs, impacts
+            filled += own
+        self.texts, self.ends = np.frombuffer(texts, np.uint8), np.array(ends)  # passage n: texts[ends[n] : ends[n + 1]]
+        self.vocabulary_text = np.frombuffer("".join(f"{word}\n" for word in vocabulary).encode(), np.uint8)
+        vocabulary.default_factory = None
+        self._prepare(vocabulary)
+
+    def _prepare(self, vocabulary: dict[str, int]) -> None:
+        self.vocabulary = vocabulary  # word -> row
+        self.column = {row: column for column, row in enumerate(self.common.tolist())}
+
+    def _scores(self, query: str) -> np.ndarray:
+        scores = np.zeros(self.columns.shape[1], np.float32)  # (N rounded up,)
+        for word, times in Counter(words(query)).items():
+            row = self.vocabulary.get(word)
+            if row is None:
+                continue
+            if row in self.column:
+                impacts = self.columns[self.column[row]]
+                scores += impacts if times == 1 else times * impacts
+            else:
+                postings = slice(self.starts[row], self.starts[row + 1])
+                # A passage stands once in a word's postings, so no addition is lost here.
+                scores[self.docs[postings]] += times * self.impacts[postings]
+        return scores
 
     def scores(self, query: str) -> np.ndarray:
         """The score of every passage for one query: float32, (N,)."""
-        scores = np.zeros(len(self.corpus))
-        for word, times in Counter(words(query)).items():
-            row = self.vocabulary.get(word)
-            if row is not None:
-                postings = slice(self.starts[row], self.starts[row + 1])
-                # A passage stands once in a word's postings, so no addition is lost here.
-                scores[self.docs[postings]] += times * self.idf[row] * self.parts[postings]
-        return scores.astype(np.float32)
+        return self._scores(query)[: self.size]
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """The best k passages of each query, best first, ties in corpus order. k is clamped to
         the corpus; a passage of score zero is never returned, so the list may be empty."""
         if k < 1:
             raise BadInput(f"k must be at least 1, not {k}")
-        return [self._best(self.scores(query), min(k, len(self.corpus))) for query in queries]
+        return [self._best(self._scores(query), k) for query in queries]
 
     def _best(self, scores: np.ndarray, k: int) -> list[Passage]:
-        kth = np.partition(scores, -k)[-k]  # everything at or above it is a candidate: ties too
-        candidates = np.flatnonzero((scores >= kth) & (scores > 0))
-        best = candidates[np.argsort(-scores[candidates], kind="stable")][:k]
-        return [replace(self.corpus[number], score=float(scores[number])) for number in best]
+        blocks = scores.reshape(-1, BLOCK)
+        tops = blocks.max(axis=1)
+        # k blocks reach the k-th highest top, so no passage below it is among the best k.
+        bar = max(np.partition(tops, -k)[-k] if k <= len(tops) else 0.0, np.finfo(np.float32).tiny)
+        high = np.flatnonzero(tops >= bar)
+        block, place = np.nonzero(blocks[high] >= bar)
+        candidates = high[block] * BLOCK + place  # in corpus order
+        best = candidates[np.argsort(-scores[candidates], kind="stable")[:k]]
+        return [self.passage(number, float(scores[number])) for number in best]
+
+    def passage(self, number: int, score: float = 0.0) -> Passage:
+        return Passage(*json.loads(self.texts[self.ends[number] : self.ends[number + 1]].tobytes()), score)
+
+    def save(self, folder) -> None:
+        """Write the index: numpy files under names never used before, and then index.json, which
+        names them, in one step. A save that dies anywhere before that leaves the old index whole."""
+        folder, token = Path(folder), secrets.token_hex(4)
+        head = {"format": FORMAT, "k1": self.k1, "b": self.b, "size": self.size, "source": self.source, "files": {}}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in self.ARRAYS:
+                path = folder / f"{name}-{token}.npy"
+                with open(path, "wb") as file:
+                    np.save(file, getattr(self, name), allow_pickle=False)
+                    file.flush()
+                    os.fsync(file.fileno())
+                head["files"][name] = [path.name, checksum(path)]
+            head["checksum"] = zlib.crc32(json.dumps(head).encode())
+            with open(folder / "index.json.new", "w") as file:
+                json.dump(head, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(folder / "index.json.new", folder / "index.json")
+        except OSError as error:
+            raise BadInput(f"cannot save the index to {folder}: {error}") from None
+        for path in folder.glob("*-????????.npy"):  # of the index before, or of a save that died
+            if path.name.rsplit("-")[0] in self.ARRAYS and not path.name.endswith(f"-{token}.npy"):
+                path.unlink()
+
+    @classmethod
+    def load(cls, folder) -> "BM25":
+        """A saved index, memory-mapped: what is not searched stays on disk. Every file is read once
+        and checked. Raises BadInput for a folder that holds no index, or no whole or no unchanged one."""
+        folder = Path(folder)
+        try:
+            head = json.loads((folder / "index.json").read_text())
+            if head.pop("checksum") != zlib.crc32(json.dumps(head).encode()) or head["format"] != FORMAT:
+                raise ValueError(f"index.json is damaged, or not of format {FORMAT}")
+            index = cls.__new__(cls)
+            for name in cls.ARRAYS:
+                file, wanted = head["files"][name]
+                if checksum(folder / file) != wanted:
+                    raise ValueError(f"{file} is cut off or changed")
+                setattr(index, name, np.load(folder / file, mmap_mode="r", allow_pickle=False).view(np.ndarray))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(f"{folder} holds no usable index ({error}): build it again") from None
+        index.k1, index.b, index.size, index.source = (head[name] for name in ("k1", "b", "size", "source"))
+        known = index.vocabulary_text.tobytes().decode().split("\n")[:-1]
+        index._prepare({word: row for row, word in enumerate(known)})
+        return index
+
+
+FORMAT = "search-e1 bm25, version 1"
+RUN = 1_000_000  # words that are sorted at once while an index is built
+BLOCK = 128  # passages whose best score is looked at first
+
+
+def checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            value = zlib.crc32(part, value)
+    return value
+
+
+def open_index(corpus, folder=None) -> BM25:
+    """The index of a corpus file: the saved one where it is newer than the corpus and was built
+    from it, else built anew. folder None looks beside the corpus, in its name with .bm25 after
+    it, and saves nothing; a folder that is named is where a new index is saved."""
+    corpus, saved = Path(corpus), Path(folder or f"{corpus}.bm25")
+    if not corpus.is_file():
+        raise BadInput(f"no such file: {corpus}")
+    source = f"{corpus.name}, {corpus.stat().st_size} bytes"
+    if (saved / "index.json").is_file():
+        index = BM25.load(saved)
+        if index.source == source and (saved / "index.json").stat().st_mtime >= corpus.stat().st_mtime:
+            return index
+        print(f"{saved} is older than {corpus}, or of another corpus: building anew", file=sys.stderr)
+    index = BM25(read_corpus(corpus), source=source)
+    if folder:
+        index.save(folder)
+    return index
+
+
+class SearchFailed(BadInput):
+    """The retrieval server cannot be used; the message names its address."""
+
+
+class RemoteRetriever:
+    """A retrieval server that speaks Search-R1's protocol, such as its dense one: POST {"queries",
+    "topk", "return_scores"} -> {"result": [[{"document": {"contents"}, "score"}, ...], ...]}.
+
+    timeout: seconds an attempt may take. What may pass by itself (no connection, a time-out, a
+    server's error 5xx) is tried again, `retries` times, after 1, 2, 4, ... seconds; then, or where
+    the server answers what is not of this form, SearchFailed is raised.
+    """
+
+    def __init__(self, url: str, timeout: float = 60.0, retries: int = 3, pause: float = 1.0):
+        if not re.match(r"https?://[^/]", url):
+            raise BadInput(f"a retriever's URL begins with http:// or https://, unlike {url!r}")
+        self.url, self.timeout, self.retries, self.pause = url, timeout, retries, pause
+
+    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """As BM25.search, in one request."""
+        if k < 1:
+            raise BadInput(f"k must be at least 1, not {k}")
+        if not queries:
+            return []
+        answer = self._post({"queries": list(queries), "topk": k, "return_scores": True})
+        try:
+            found = [[self._passage(hit) for hit in hits] for hits in answer["result"]]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise SearchFailed(f"{self.url} answered, but not in Search-R1's form: {str(answer)[:100]!r}") from None
+        if len(found) != len(queries):
+            raise SearchFailed(f"{self.url} answered {len(found)} of {len(queries)} queries")
+        return [hits[:k] for hits in found]
+
+    def _passage(self, hit: dict) -> Passage:
+        document = hit["document"]
+        parts = title_and_text(document["contents"])
+        return Passage(str(document.get("id", "")), parts["title"], parts["text"], float(hit["score"]))
+
+    def _post(self, body: dict):
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                    return json.loads(response.read())
+            except (ValueError, RecursionError) as error:
+                raise SearchFailed(f"{self.url} answered what is not JSON ({error})") from None
+            except (OSError, http.client.HTTPException) as error:  # OSError: no connection, time-outs, HTTP statuses
+                reason = f"{type(error).__name__}: {error}"
+                if getattr(error, "code", 500) < 500:
+                    break  # our request is refused, and would be again
+        raise SearchFailed(f"no answer from {self.url} in {attempt + 1} attempts ({reason})")
 
 
 def main() -> None:
     parser = Parser(description="Search a corpus of JSON lines with BM25.")
     parser.add_argument("--corpus", required=True, help='JSON lines of {"id", "title", "text"}, plain or .gz')
+    parser.add_argument("--index", help="folder of the saved index: used where it is newer than the corpus, else made")
     parser.add_argument("--k", type=at_least(1), default=3, help="passages to print")
     parser.add_argument("query", nargs="+", help="the words to search for")
     args = parser.parse_args(sys.argv[1:] or ["--help"])
-    found = BM25(load_corpus(args.corpus)).search([" ".join(args.query)], args.k)[0]
+    query = " ".join(args.query)
+    found = open_index(args.corpus, args.index).search([query], args.k)[0]
+    matched, plain = set(words(query)), not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    left, right = ("*", "*") if plain else ("\033[1m", "\033[0m")
+    mark = lambda word: f"{left}{word[0]}{right}" if word[0].lower() in matched else word[0]  # noqa: E731
     for rank, passage in enumerate(found, start=1):
-        print(f"{rank}. {passage.score:.4f}  {passage.title}: {passage.text}")
+        marked = re.sub(r"\w+", mark, f"{passage.title}: {passage.text}")
+        print(f"{rank}. {passage.score:.4f}  {marked}")
     if not found:
         print("No passage holds any of these words.")
 
