@@ -260,10 +260,11 @@ class RowCache(Cache):
         return output.logits[:, -1].float()  # (n, V)
 
     def swap(self, one: int, two: int) -> None:
+        used = max(self.lengths[one], self.lengths[two])
         self.lengths[one], self.lengths[two] = self.lengths[two], self.lengths[one]
         for layer in self.layers:
             for x in (layer.keys, layer.values):
-                x[[one, two]] = x[[two, one]]
+                x[[one, two], :, :used] = x[[two, one], :, :used]
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order; a row may be named several times."""
@@ -300,6 +301,19 @@ def response_logits(model, prompts: list[list[int]], responses: list[list[int]])
 
 
 # ---------------------------------------------------------------- sampling
+
+
+def draw(logprobs: torch.Tensor, generator=None) -> torch.Tensor:
+    """One token a row, (n, V) -> (n, 1), by inverting the cumulative distribution: one random
+    number a row. torch.multinomial draws one a word, which on a CPU costs more than a small model.
+
+    >>> draw(torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]).log(), torch.Generator().manual_seed(0)).tolist()
+    [[1], [0]]
+    """
+    cumulative = logprobs.exp().cumsum(dim=-1)  # (n, V)
+    level = torch.rand(len(logprobs), 1, device=logprobs.device, generator=generator) * cumulative[:, -1:]  # (n, 1)
+    # right=True: the first word whose sum exceeds the level, so never one of probability 0.
+    return torch.searchsorted(cumulative, level, right=True).clamp(max=logprobs.shape[1] - 1)
 
 
 def rollout(
@@ -354,7 +368,7 @@ def rollout(
             logits = cache.forward([[token] for token in tokens[:n]])  # (n, V)
             logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
             if temperature:
-                chosen = torch.multinomial(logprobs.exp(), 1, generator=generator)  # (n, 1)
+                chosen = draw(logprobs, generator)  # (n, 1)
             else:
                 chosen = logprobs.argmax(dim=-1, keepdim=True)
             tokens[:n], values = chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()

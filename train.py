@@ -26,8 +26,9 @@ Deviations from the paper
        that is no better, or that only copies the reference's answer, does harm.
     3. GRPO's learning rate falls over the run (the paper states no schedule): at a constant one the
        teacher's supported edge before the second distillation was -.08 to +.07 on validation.
-    4. kl, entropy, clip_frac and the gap are means over the groups with variance: the others
-       need no forward pass. Where no group has any, the first micro-batch stands in.
+    4. kl, entropy, clip_frac and the gap are over the groups with variance: the others need no
+       forward pass. Where no group has any, the first micro-batch stands in. With kl_coef 0, kl
+       is of a quarter of the micro-batches: the start policy's pass is a fourth of an update.
 """
 
 import copy
@@ -45,7 +46,7 @@ from transformers import set_seed
 from eval import evaluate, exact_match, load_questions, score
 from grpo import group_advantages, grpo_loss, token_entropies, token_logprobs
 from ofsd import distill_loss, mine_pair, privileged_prompt, spans
-from retriever import BM25, BadInput, Parser, load_corpus, run_script
+from retriever import BadInput, Parser, RemoteRetriever, open_index, run_script
 from rollout import Trajectory, context_length, decode, load_model, response_logits, rollout
 
 
@@ -58,7 +59,8 @@ class Config:
     model: str = setting("micro/model", "where the policy starts: a model folder or hub name")
     questions: str = setting("micro/train.jsonl", "training questions: JSON lines or hub/dataset:config:split")
     eval_questions: str = setting("micro/test.jsonl", "questions of the final table")
-    corpus: str = setting("micro/corpus.jsonl", "passages to search: JSON lines")
+    corpus: str = setting("micro/corpus.jsonl", "passages to search: JSON lines; CORPUS.bm25 is their saved index, if it is newer")
+    retriever_url: str = setting("", "a server that speaks Search-R1's protocol, in place of a corpus")
     out: str = setting("", "folder of this run; must not exist (default: runs/ and the date)")
     seed: int = setting(0, "seed of Python, numpy, torch and sampling")
     rounds: int = setting(2, "rounds of GRPO and then OFSD")
@@ -117,7 +119,8 @@ class Run:
             raise BadInput(f"{self.folder} exists already: choose another --out, or remove it")
         self.train_set = load_questions(config.questions)
         self.test_set = load_questions(config.eval_questions)[: config.eval_limit or None]
-        self.retriever = BM25(load_corpus(config.corpus))
+        self.retriever = RemoteRetriever(config.retriever_url) if config.retriever_url else open_index(config.corpus)
+        self.retriever.search([self.train_set[0]["question"]], config.k)  # is the server there?
         self.model, self.tokenizer = load_model(config.model)
         if config.prompt:  # kept in the tokenizer's files, so that the trained model carries it
             self.tokenizer.init_kwargs["search_prompt"] = config.prompt
@@ -207,27 +210,33 @@ def grpo_step(model, start, optimizer, trajectories: list[Trajectory], rewards: 
     seen = sum(sum(t.loss_mask) for t, _ in batch)  # policy tokens with a forward pass
     stats = dict.fromkeys(("loss", "kl", "clip_frac", "entropy", "grad_norm", "logprob_gap"), 0.0)
     groups = micro_batches(batch, config.micro_batch, lambda pair: len(pair[0].response_ids))
-    refs: list[torch.Tensor] = []  # of the start policy, once for all updates
+    # The start policy's forward pass: once for all updates, and where nothing but a statistic
+    # depends on it, for every fourth micro-batch only (they are sorted by length).
+    every = 1 if config.kl_coef else 4
+    measured = range(len(groups) // 2 % every, len(groups), every)
+    measured_tokens = sum(sum(t.loss_mask) for i in measured for t, _ in groups[i])
+    refs: dict[int, torch.Tensor] = {}
     for number in range(config.updates):
         for i, group in enumerate(tqdm(groups, desc="update", disable=None, leave=False)):
             prompts, responses = [t.prompt_ids for t, _ in group], [t.response_ids for t, _ in group]
             ids, mask = padded(responses, model.device), padded([t.loss_mask for t, _ in group], model.device)  # (B, T)
             old = padded([t.logprobs for t, _ in group], model.device)  # (B, T)
-            if number == 0:
+            if number == 0 and i in measured:
                 with torch.no_grad():
-                    refs.append(token_logprobs(response_logits(start, prompts, responses), ids))  # (B, T)
+                    refs[i] = token_logprobs(response_logits(start, prompts, responses), ids)  # (B, T)
             logits = response_logits(model, prompts, responses)  # (B, T, V)
             loss, part = grpo_loss(
                 token_logprobs(logits, ids), old, torch.tensor([a for _, a in group], device=model.device), mask,
-                clip_eps=config.clip_eps, ref_logprobs=refs[i], kl_coef=config.kl_coef, num_tokens=num_tokens,
+                clip_eps=config.clip_eps, ref_logprobs=refs.get(i), kl_coef=config.kl_coef, num_tokens=num_tokens,
             )  # fmt: skip
             loss.backward()
             with torch.no_grad():
                 entropy = (token_entropies(logits) * mask).sum().item()
-            share = mask.sum().item() / seen / config.updates
+            tokens = mask.sum().item() / config.updates
             stats["loss"] += loss.item() / config.updates
-            stats["kl"] += part["kl"] * share
-            stats["clip_frac"] += part["clip_frac"] * share
+            if i in refs:
+                stats["kl"] += part["kl"] * tokens / measured_tokens
+            stats["clip_frac"] += part["clip_frac"] * tokens / seen
             stats["entropy"] += entropy / seen / config.updates
             if number == 0:  # before any update: the two must agree
                 stats["logprob_gap"] = max(stats["logprob_gap"], part["gap"])

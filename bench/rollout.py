@@ -2,7 +2,7 @@
 
     python bench/rollout.py                        # micro/model, 16 questions x 5; some two minutes on 2 cores
     python bench/rollout.py --model path/to/SmolLM2-135M-Instruct --corpus passages.jsonl.gz \
-        --questions questions.jsonl.gz --num-questions 8 --group-size 4 --scripted --repeats 1
+        --questions questions.jsonl.gz --num-questions 8 --group-size 4 --scripted --repeats 1 --ways abc
 
     (a) ours        rollout(): one cache through all turns, an observation is one chunk
     (b) re-encode   the common way: model.generate on the whole transcript, encoded anew each turn
@@ -17,7 +17,8 @@ responses, sampled and observed. The ways take turns, --repeats times; medians a
 --scripted is for a model that does not yet write the tags: its forward pass is computed as
 always, and then its choice is overruled by a script of two searches and an answer for each
 question, of random lengths. For (d), a model with random weights answers in one turn, so that
-nearly every completion runs to the limit; both sides report the tokens they wrote.
+nearly every completion runs to the limit. Ours and TRL's steps take turns; in every second one
+7 of 16 groups have no variance, the share of the default run (results/): TRL computes those too.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, set_seed  # noqa
 
 from eval import load_questions  # noqa: E402
 from ofsd import spans  # noqa: E402
-from retriever import BM25, load_corpus  # noqa: E402
+from retriever import open_index  # noqa: E402
 from rollout import RowCache, chat_ids, decode, encode, load_model, observation_ids, rollout, standard_prompt  # noqa: E402
 from train import Config, frozen_copy, grpo_step  # noqa: E402
 
@@ -133,13 +134,13 @@ class Clock:
     """Seconds spent in what it wraps."""
 
     def __init__(self):
-        self.spent: dict[str, float] = {}
+        self.spent: dict = {}
 
     def wrap(self, function, name):
         def timed(*args, **kwargs):
             began = time.perf_counter()
             result = function(*args, **kwargs)
-            key = name if isinstance(name, str) else name(*args)
+            key = name if isinstance(name, str) else name(*args, **kwargs)
             self.spent[key] = self.spent.get(key, 0.0) + time.perf_counter() - began
             return result
 
@@ -164,9 +165,10 @@ def where_the_time_goes(sample, index) -> None:
 
 
 def grpo_steps(args, questions, index) -> None:
-    """A GRPO step of ours and of TRL's: random weights of the model's shape, one turn of --length tokens."""
+    """A GRPO step of ours and one of TRL's in turn: random weights of the model's shape, one turn of --length tokens."""
     try:
         from datasets import Dataset
+        from transformers import PrinterCallback, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except ImportError:
         print("(d) is skipped: trl is not installed")
@@ -174,54 +176,58 @@ def grpo_steps(args, questions, index) -> None:
     base, tokenizer = load_model(args.model)
     set_seed(0)
     model = AutoModelForCausalLM.from_config(base.config).eval()
-    rows, size, length = len(questions) * args.group_size, args.group_size, args.length
-    config = Config(group_size=size, micro_batch=rows)
-    rewards = torch.tensor([[float(i == 0) for i in range(size)]] * len(questions))
-    start, ours = frozen_copy(model), copy.deepcopy(model)
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-6, weight_decay=0.0)
-    times, tokens = [], []
-    for _ in range(args.repeats + 1):  # the first one warms up
-        began = time.perf_counter()
-        sampled = rollout(ours, tokenizer, index, questions, group_size=size, max_turn_tokens=length)
-        grpo_step(ours, start, optimizer, sampled, rewards, config)
-        times.append(time.perf_counter() - began)
-        tokens.append(sum(len(row.response_ids) for row in sampled))
+    rows, size, steps = len(questions) * args.group_size, args.group_size, 2 * args.repeats + 2
+    start, policy = frozen_copy(model), copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0)
+    config = Config(group_size=size, micro_batch=args.micro_batch)
+    clock, tokens, now = Clock(), [], {"step": 0}
+    sample = clock.wrap(rollout, lambda *_, **__: ("ours", "sampling", now["step"]))
+
+    def won(i: int) -> float:
+        """Reward of trajectory i: one of a group wins, except that in every second step the first 7 of 16 groups have no variance."""
+        return float(i % size == 0 and (now["step"] % 2 == 0 or i // size >= len(questions) * 7 // 16))
+
+    def step() -> None:
+        sampled = sample(policy, tokenizer, index, questions, group_size=size, max_turn_tokens=args.length)
+        rewards = torch.tensor([won(i) for i in range(rows)]).view(-1, size)  # (Q, G)
+        grpo_step(policy, start, optimizer, sampled, rewards, config)
+        tokens.append(sum(len(row.response_ids) for row in sampled) / rows)
+
+    timed = clock.wrap(step, lambda: ("ours", "step", now["step"]))
+
+    class InTurn(TrainerCallback):
+        def on_step_begin(self, _, state, *args, **kwargs):
+            now["step"] = state.global_step
+            timed()
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
-            model=model, processing_class=tokenizer,
-            reward_funcs=lambda completions, **_: [float(i % size == 0) for i in range(len(completions))],
-            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in questions] * (args.repeats + 1)),
+            model=model, processing_class=tokenizer, callbacks=[InTurn()],
+            reward_funcs=lambda completions, **_: [won(i) for i in range(len(completions))],
+            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in questions] * steps),
             args=GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=rows, num_generations=size, max_completion_length=length,
-                max_steps=args.repeats + 1, learning_rate=1e-6, beta=0.0, temperature=1.0, logging_steps=1, report_to=[],
-                disable_tqdm=True, bf16=False, gradient_checkpointing=False, save_strategy="no", shuffle_dataset=False,
+                output_dir=folder, per_device_train_batch_size=args.micro_batch, num_generations=size, max_steps=steps,
+                gradient_accumulation_steps=rows // args.micro_batch, max_completion_length=args.length, learning_rate=1e-6,
+                beta=0.0, temperature=1.0, logging_steps=1, report_to=[], disable_tqdm=True, bf16=False,
+                gradient_checkpointing=False, save_strategy="no", shuffle_dataset=False, dataloader_pin_memory=False,
             ),
         )  # fmt: skip
-        theirs, step = Clock(), trainer.training_step
-        trainer.training_step = theirs.wrap(step, lambda *_: f"step {len(theirs.spent)}")
+        trainer.remove_callback(PrinterCallback)
+        # TRL's few milliseconds between its micro-batches, and its optimiser's, are not counted.
+        trainer.training_step = clock.wrap(trainer.training_step, lambda *_, **__: ("TRL", "step", now["step"]))
+        model.generate = clock.wrap(model.generate, lambda *_, **__: ("TRL", "sampling", now["step"]))
         trainer.train()
-    their_times = list(theirs.spent.values())[1:]
-    log = [row for row in trainer.state.log_history if "completions/mean_length" in row]
-    mean_length = sum(row["completions/mean_length"] for row in log[1:]) / len(log[1:])
-    one, two = median(times[1:]), median(their_times)
-    print(f"\n(d) a whole GRPO step, {len(questions)} questions x {size}, one turn of at most {length} tokens, random weights")
-    print(f"ours {one:6.2f} s, {sum(tokens[1:]) / args.repeats / rows:.1f} tokens a response")
-    print(f"TRL  {two:6.2f} s, {mean_length:.1f} tokens a response: ours is {two / one:.2f} times as fast")
+    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+    print(f"\n(d) a whole GRPO step, {len(questions)} questions x {size}, one turn of at most {args.length} tokens, random weights; "
+          f"ours wrote {sum(tokens) / steps:.1f} tokens a response, TRL {sum(lengths) / steps:.1f}")  # fmt: skip
+    print(f"{'groups with variance':26}{'ours':>9}{'sampling':>10}{'TRL':>9}{'sampling':>10}{'ours is faster by':>19}")
+    for first, kind in enumerate(["all", "9 of 16"]):  # the first two steps warm up
+        typical = lambda who, what: median(clock.spent[who, what, i] for i in range(first + 2, steps, 2))  # noqa: E731,B023
+        one, two = typical("ours", "step"), typical("TRL", "step")
+        print(f"{kind:26}{one:8.2f}s{typical('ours', 'sampling'):9.2f}s{two:8.2f}s{typical('TRL', 'sampling'):9.2f}s{two / one:18.2f}x")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of rollouts, side by side.")
-    parser.add_argument("--model", default="micro/model")
-    parser.add_argument("--questions", default="micro/validation.jsonl")
-    parser.add_argument("--corpus", default="micro/corpus.jsonl")
-    parser.add_argument("--num-questions", type=int, default=16)
-    parser.add_argument("--group-size", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a completion in (d)")
-    parser.add_argument("--scripted", action="store_true", help="the model says what a script says")
-    args = parser.parse_args()
-    index = BM25(load_corpus(args.corpus))
-    questions = [row["question"] for row in load_questions(args.questions)[: args.num_questions]]
+def compare_sampling(args, questions, index) -> None:
     model, tokenizer = load_model(args.model)
     speaker = Scripted(model, write_script(tokenizer, index, questions)) if args.scripted else model
     sample = lambda retriever: rollout(speaker, tokenizer, retriever, questions, group_size=args.group_size, seed=0)  # noqa: E731
@@ -238,6 +244,7 @@ def main() -> None:
         "(b) re-encode each turn": lambda: re_encode(model, tokenizer, index, record),
         "(c) one token a step": lambda: one_token(model, tokenizer, index, record),
     }
+    ways = {name: way for name, way in ways.items() if name[1] in args.ways + "a"}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.repeats):
         for name, way in ways.items():
@@ -249,7 +256,27 @@ def main() -> None:
     for name, took in times.items():
         print(f"{name:26}{median(took):9.2f}{f'{min(took):.2f}-{max(took):.2f}':>16}{total / median(took):11.0f}{median(took) / ours:18.2f}x")
     where_the_time_goes(sample, index)
-    grpo_steps(args, questions, index)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of rollouts, side by side.")
+    parser.add_argument("--model", default="micro/model")
+    parser.add_argument("--questions", default="micro/validation.jsonl")
+    parser.add_argument("--corpus", default="micro/corpus.jsonl")
+    parser.add_argument("--num-questions", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ways", default="abcd", help="which of (a) to (d) to run")
+    parser.add_argument("--length", type=int, default=128, help="(d): tokens of a completion")
+    parser.add_argument("--micro-batch", type=int, default=20, help="(d): sequences a forward pass in training, ours and TRL's")
+    parser.add_argument("--scripted", action="store_true", help="the model says what a script says")
+    args = parser.parse_args()
+    index = open_index(args.corpus)
+    questions = [row["question"] for row in load_questions(args.questions)[: args.num_questions]]
+    if set(args.ways) & set("abc"):
+        compare_sampling(args, questions, index)
+    if "d" in args.ways:
+        grpo_steps(args, questions, index)
 
 
 if __name__ == "__main__":
