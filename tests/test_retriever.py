@@ -125,7 +125,7 @@ def many(size: int, seed: int = 0) -> list[Passage]:
     return [Passage(str(i), f"Title{i}" if i % 3 else "", text()) for i in range(size)]
 
 
-@pytest.mark.parametrize("size", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 1030])
 @pytest.mark.parametrize("run", [1, 500, 10**6])
 def test_runs_columns_and_blocks_change_nothing(monkeypatch, size, run):
     monkeypatch.setattr(retriever, "RUN", run)  # passages are indexed in runs of so many words
