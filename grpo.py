@@ -5,7 +5,7 @@ worse less likely. No value network: the group's mean is the baseline.
 
 Equations (R_i reward of trajectory i of a group, m its loss_mask, rho its probability ratio)
 
-    A_i     = (R_i - mean(R)) / (std(R) + eps)                       std with ddof 1
+    A_i     = (R_i - mean(R)) / (std(R) + eps)      std with ddof 1; Dr. GRPO: no division
     rho_it  = exp(log pi_theta(y_it) - log pi_old(y_it))             pi_old sampled y
     l_it    = -min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i)  [+ beta k3_it]
     k3      = exp(x) - x - 1,   x = log pi_ref - log pi_theta        at least 0, 0 where equal
@@ -27,33 +27,41 @@ Deviations from the paper
 """
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
-def group_advantages(rewards: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, by_std: bool = True) -> torch.Tensor:
     """(Q, G) rewards -> (Q, G) advantages; 0 where all rewards of a group are equal or G = 1.
+    by_std: divide by the group's standard deviation, which lifts groups that are almost of one
+    mind: one right among five counts 1.79 instead of .8, two among five 1.10 instead of .6.
 
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]))
     tensor([[ 1.7889, -0.4472, -0.4472, -0.4472, -0.4472]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]), by_std=False)
+    tensor([[ 0.8000, -0.2000, -0.2000, -0.2000, -0.2000]])
     """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     if rewards.shape[1] == 1:
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(dim=1, keepdim=True)  # (Q, G)
-    scaled = centred / (rewards.std(dim=1, keepdim=True) + eps)  # (Q, G), ddof 1
+    if by_std:
+        centred = centred / (rewards.std(dim=1, keepdim=True) + eps)  # (Q, G), ddof 1
     # Rounding leaves .1 + .1 + .1 a hair off its mean: a group of equals is exactly 0.
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
-    return torch.where(equal, 0.0, scaled)
+    return torch.where(equal, 0.0, centred)
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """log pi(y_t): (B, T, V) logits that predict the ids (B, T) -> (B, T)."""
+    """log pi(y_t): (..., V) logits that predict the ids (...) -> (...). Training never holds the
+    logits of a whole batch: it calls this and the next function a chunk at a time (below)."""
     return logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
 
 
+@torch.no_grad()
 def token_entropies(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each position's distribution: (B, T, V) -> (B, T)."""
-    logp = torch.log_softmax(logits, dim=-1)  # (B, T, V)
-    return -(logp.exp() * logp).sum(-1)
+    """Entropy in nats of each position's distribution, a statistic: (..., V) -> (...). 0 log 0 is 0."""
+    logp = torch.log_softmax(logits, dim=-1)  # (..., V)
+    return -logp.exp().mul_(logp.clamp_(min=torch.finfo(logp.dtype).min)).sum(-1)
 
 
 def grpo_loss(
@@ -99,6 +107,65 @@ def grpo_loss(
     if norm == "dr_grpo":
         return losses.sum() / (len(losses) * (max_len or losses.shape[1])), stats
     raise ValueError(f"norm is token, grpo or dr_grpo, not {norm!r}")
+
+
+# ---------------------------------------------------------------- in bounded memory
+
+# With a vocabulary of 151,936 the logits of 4,000 tokens are 2.4 GB, and a loss holds several
+# copies. But both losses are sums over the policy's tokens, so training does for positions what
+# micro-batches do for sequences: one chunk of hidden states at a time goes through the output
+# layer, forward and backward, and what reaches the hidden states goes through the model once.
+
+CHUNK = 2**25  # logits at a time: 134 MB a copy
+
+
+def policy_hidden(model, prompts: list[list[int]], responses: list[list[int]], masks: list[list[int]]) -> torch.Tensor:
+    """What the output layer reads where it predicts the policy's tokens, those whose mask is 1,
+    row after row: (N, H). Rows are padded on the right, where a causal model never looks."""
+    rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+    ids = pad_sequence(rows, batch_first=True).to(model.device)  # (B, S)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, S, H)
+    # Response token t of row b is predicted at position len(prompt) + t - 1.
+    places = [(b, len(prompts[b]) + t - 1) for b, mask in enumerate(masks) for t, sampled in enumerate(mask) if sampled]
+    where = torch.tensor(places, dtype=torch.long, device=model.device).view(-1, 2)  # (N, 2)
+    return hidden[where[:, 0], where[:, 1]]
+
+
+def output_layer(model):
+    """The function from what policy_hidden returns to logits, (N, H) -> (N, V) in float32."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return lambda hidden: layer(hidden).float() * scale
+
+
+def chunks(model, *tensors: torch.Tensor):
+    """Yield the (N, ...) tensors some rows at a time, so few that their logits are at most CHUNK numbers."""
+    positions = max(1, CHUNK // model.config.get_text_config().vocab_size)
+    yield from zip(*(x.split(positions) for x in tensors))
+
+
+@torch.no_grad()
+def policy_logprobs(model, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """token_logprobs of hidden states, in chunks, without gradient: (N, H), (N,) -> (N,)."""
+    head = output_layer(model)
+    return torch.cat([token_logprobs(head(h), i) for h, i in chunks(model, hidden, ids)])
+
+
+def backward_in_chunks(model, loss, hidden: torch.Tensor, *tensors: torch.Tensor) -> float:
+    """The value and the gradients of loss(logits, *tensors), a sum over positions, in chunks.
+
+    hidden (N, H) is what policy_hidden returns, with its graph; tensors are (N, ...). loss gets
+    logits (n, V) and as many rows of the tensors, and returns a scalar.
+    """
+    head, total, gradients = output_layer(model), 0.0, []
+    for part, *others in chunks(model, hidden.detach(), *tensors):
+        part.requires_grad_()
+        value = loss(head(part), *others)
+        value.backward()
+        total += value.item()
+        gradients.append(part.grad)
+    hidden.backward(torch.cat(gradients))
+    return total
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ Equations (q question, y_ref reference, y_stu the student's trajectory, m_t its 
     reverse_kl : D = sum_v d_v,   d_v = p_S(v) log(p_S(v) / p_T(v))
     jsd        : D = sum_v d_v,   d_v = 1/2 p_T log(p_T / m) + 1/2 p_S log(p_S / m),   m = (p_T + p_S) / 2
 
+    LoRA       : W x + (alpha / r) B A x in every linear layer; only A and B are trained, the teacher
+                 is the same model with them off, and afterwards they are merged into W
+
     clip none     : D as it is
     clip entry    : sum_v min(d_v, tau), the paper's. It is no divergence (it can be below 0) and
                     on clipped words its gradient points AWAY from the teacher; a test shows it.
@@ -23,18 +26,21 @@ Equations (q question, y_ref reference, y_stu the student's trajectory, m_t its 
 Deviations from the paper
     1. The default clip is none: entry reverses the correction (above), and the paper's tau is
        not known (.05, the default where a clip is asked for, is that of OPSD, 2601.18734).
-    2. The teacher is a frozen copy of the policy GRPO left behind. The paper trains LoRA adapters
-       on that policy and takes it with the adapters off: the same teacher, in less memory.
+    2. By default all weights are trained, and the teacher is a frozen copy of the policy that GRPO
+       left behind. The paper trains LoRA adapters on that policy (class Adapters, --lora-rank) and
+       takes it with the adapters off: the same teacher, in less memory. Its rank is not stated.
     3. The measure by which the student "differs most" is not published; mine_pair states ours.
     4. K is not stated either; we sample as many as GRPO does (5). The wording is ours.
 """
 
 import math
 import re
+from contextlib import contextmanager
 
 import torch
 
-from rollout import Trajectory, chat_ids, decode, encode, fit_lengths, neutralise, standard_prompt
+from retriever import BadInput
+from rollout import Trajectory, chat_ids, decode, encode, fit_lengths, neutralise, parse_turn, standard_prompt
 
 PRIVILEGED = """\
 {prompt}
@@ -77,14 +83,25 @@ def mine_pair(trajectories: list[Trajectory], rewards) -> tuple[Trajectory, Traj
     return trajectories[first], trajectories[student]
 
 
-def privileged_prompt(tokenizer, question: str, reference: Trajectory, max_tokens: int) -> list[int] | None:
+def privileged_prompt(
+    tokenizer, question: str, reference: Trajectory, max_tokens: int, reads: str = "whole"
+) -> list[int] | None:
     """P_T(q, y_ref) as token ids: the standard prompt and the reference in one user turn, then
-    the same assistant header as the standard prompt. Where that is longer than max_tokens the
-    reference's passages are shortened, longest first, never its own words; None where even
-    that does not fit. A special token inside the reference is made harmless; its tags stay."""
+    the same assistant header as the standard prompt. reads: what of the reference stands there,
+    the "whole" (the paper's) or its "queries" and answer only. Where that is longer than
+    max_tokens the reference's passages are shortened, longest first, never its own words; None
+    where even that does not fit. A special token inside the reference is made harmless; its
+    tags stay."""
+    if reads == "queries":
+        shown = "".join(f"<search> {query} </search>\n" for query in reference.queries) + f"<answer> {reference.answer} </answer>"
+        texts = [(True, shown)]
+    elif reads == "whole":
+        texts = [(sampled, decode(tokenizer, ids)) for sampled, ids in spans(reference)]
+    else:
+        raise ValueError(f"reads is whole or queries, not {reads!r}")
     written, lines = [""], []  # written[i] stands before passage line i
-    for sampled, ids in spans(reference):
-        for line in decode(tokenizer, ids).splitlines(keepends=True):
+    for sampled, text in texts:
+        for line in text.splitlines(keepends=True):
             if not sampled and line.startswith("- "):
                 lines.append(encode(tokenizer, neutralise(line[2:].rstrip("\n"), tokenizer)))
                 written[-1] += "- "
@@ -115,6 +132,19 @@ def spans(trajectory: Trajectory):
             start = end
 
 
+def query_mask(tokenizer, trajectory: Trajectory) -> list[int]:
+    """The loss_mask narrowed to search queries: 1 for the sampled tokens that end between <search>
+    and </search> of a turn that searched. (The paper aligns all of the policy's tokens.)"""
+    mask = []
+    for sampled, ids in spans(trajectory):
+        text = decode(tokenizer, ids)
+        end = text.find("</search>")
+        begin = text.rfind("<search>", 0, max(end, 0)) + len("<search>")
+        searched = sampled and (parse_turn(text) or "?")[0] == "search"
+        mask += [int(searched and begin < len(decode(tokenizer, ids[: i + 1])) <= end) for i in range(len(ids))]
+    return mask
+
+
 def divergence_terms(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> torch.Tensor:
     """d_v of the equations above, from log-probabilities (N, V), as (N, V). 0 log 0 is 0."""
 
@@ -133,6 +163,24 @@ def divergence_terms(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> tor
     raise ValueError(f"kind is forward_kl, reverse_kl or jsd, not {kind!r}")
 
 
+def divergences(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, kind: str = "forward_kl", clip: str = "none", tau: float = 0.05
+) -> torch.Tensor:  # fmt: skip
+    """D at each position, clipped if asked, in nats: (N, V), (N, V) -> (N,). Training calls this
+    in grpo.py's backward_in_chunks, so that only a chunk of positions at a time is as wide as V."""
+    log_s = torch.log_softmax(student_logits, dim=-1)  # (N, V)
+    log_t = torch.log_softmax(teacher_logits.detach(), dim=-1)  # (N, V)
+    terms = divergence_terms(log_s, log_t, kind)  # (N, V)
+    if clip == "entry":
+        terms = terms.clamp(max=tau)
+    divergence = terms.sum(-1)  # (N,)
+    if clip == "position":
+        return divergence * (tau / divergence.detach().clamp(min=tau))
+    if clip not in ("none", "entry"):
+        raise ValueError(f"clip is none, entry or position, not {clip!r}")
+    return divergence
+
+
 def distill_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, loss_mask: torch.Tensor, *,
     kind: str = "forward_kl", clip: str = "none", tau: float = 0.05, num_tokens: float | None = None,
@@ -148,17 +196,51 @@ def distill_loss(
     0.498224
     """
     inside = loss_mask.bool()
-    log_s = torch.log_softmax(student_logits[inside], dim=-1)  # (N, V), N positions
-    log_t = torch.log_softmax(teacher_logits[inside].detach(), dim=-1)  # (N, V)
-    terms = divergence_terms(log_s, log_t, kind)  # (N, V)
-    if clip == "entry":
-        terms = terms.clamp(max=tau)
-    divergence = terms.sum(-1)  # (N,)
-    if clip == "position":
-        divergence = divergence * (tau / divergence.detach().clamp(min=tau))
-    elif clip not in ("none", "entry"):
-        raise ValueError(f"clip is none, entry or position, not {clip!r}")
+    divergence = divergences(student_logits[inside], teacher_logits[inside], kind=kind, clip=clip, tau=tau)  # (N,)
     return divergence.sum() / (num_tokens or max(len(divergence), 1))
+
+
+class Adapters:
+    """LoRA: a low-rank addition to the output of every linear layer of the decoder. A (r, in) is
+    random and B (out, r) zero: nothing changes until they are trained. The model's own weights
+    are frozen until merge(). alpha is 2 r: the usual choice, so the factor of B A is 2."""
+
+    def __init__(self, model, rank: int):
+        self.model, self.on, self.layers = model.requires_grad_(False), True, []
+        for linear in model.base_model.modules():
+            if isinstance(linear, torch.nn.Linear):
+                a = torch.nn.Parameter(torch.randn(rank, linear.in_features, device=linear.weight.device) / linear.in_features**0.5)
+                b = torch.nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+                hook = linear.register_forward_hook(lambda _, inputs, output, a=a, b=b: self.add(inputs[0], output, a, b))
+                self.layers.append((linear, a, b, hook))
+        if not self.layers:
+            raise BadInput(f"{model.config.model_type} has no torch.nn.Linear layer to adapt: train all weights (lora_rank 0)")
+
+    def add(self, x, output, a, b):
+        """(..., in), (..., out) -> (..., out)"""
+        return output + 2 * (x.to(a.dtype) @ a.T @ b.T).to(output.dtype) if self.on else output
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for _, a, b, _ in self.layers for parameter in (a, b)]
+
+    @contextmanager
+    def off(self):
+        """The teacher: the model as it was when the adapters were added."""
+        self.on = False
+        try:
+            yield
+        finally:
+            self.on = True
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapters to the weights, which are trainable again, and take the hooks away.
+        The weights are float32: in bfloat16 most of a small update is rounded away (a test shows it)."""
+        for linear, a, b, hook in self.layers:
+            linear.weight += 2 * (b @ a).to(linear.weight.dtype)
+            hook.remove()
+        self.layers = []
+        self.model.requires_grad_(True)
 
 
 if __name__ == "__main__":

@@ -35,19 +35,21 @@ import copy
 import json
 import random
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import set_seed
 
 from eval import evaluate, exact_match, load_questions, score
-from grpo import group_advantages, grpo_loss, token_entropies, token_logprobs
-from ofsd import distill_loss, mine_pair, privileged_prompt, spans
+from grpo import (
+    backward_in_chunks, group_advantages, grpo_loss, output_layer, policy_hidden, policy_logprobs, token_entropies, token_logprobs,
+)  # fmt: skip
+from ofsd import Adapters, divergences, mine_pair, privileged_prompt, spans
 from retriever import BadInput, Parser, RemoteRetriever, open_index, run_script
-from rollout import Trajectory, context_length, decode, load_model, response_logits, rollout
+from rollout import Trajectory, autocast, context_length, decode, load_model, response_logits, rollout
 
 
 def setting(default, help: str):
@@ -88,6 +90,7 @@ class Config:
     clip: str = setting("none", "none, entry (the paper's) or position")
     tau: float = setting(0.05, "cap of the clip, in nats")
     max_reference_tokens: int = setting(224, "tokens of the privileged prompt; passages of the reference are cut to fit")
+    lora_rank: int = setting(0, "distil into adapters of this rank, then merge them, as the paper does (0: all weights)")
     force_ofsd: bool = setting(False, "distil even where the teacher has no supported edge")
     # hardware and evaluation
     micro_batch: int = setting(20, "sequences a forward pass in training")
@@ -101,7 +104,7 @@ class Config:
                 raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.prompt and "{question}" not in self.prompt:
             raise BadInput("prompt must hold {question}, where the question goes")
-        zero_allowed = {"seed", "rounds", "max_searches", "grpo_steps", "kl_coef", "ofsd_questions", "ofsd_epochs", "eval_limit"}
+        zero_allowed = {"seed", "rounds", "max_searches", "grpo_steps", "kl_coef", "ofsd_questions", "ofsd_epochs", "lora_rank", "eval_limit"}
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type in (int, float) and not (value > 0 or (value == 0 and item.name in zero_allowed)):
@@ -122,6 +125,7 @@ class Run:
         self.retriever = RemoteRetriever(config.retriever_url) if config.retriever_url else open_index(config.corpus)
         self.retriever.search([self.train_set[0]["question"]], config.k)  # is the server there?
         self.model, self.tokenizer = load_model(config.model)
+        check_output_layer(self.model, self.tokenizer.eos_token_id)
         if config.prompt:  # kept in the tokenizer's files, so that the trained model carries it
             self.tokenizer.init_kwargs["search_prompt"] = config.prompt
         set_seed(config.seed)  # Python, numpy and torch; rollouts draw from torch's state
@@ -173,13 +177,21 @@ class Run:
         return {name: getattr(trajectory, name) for name in names} | {"text": text}
 
 
+@torch.no_grad()
+def check_output_layer(model, token: int) -> None:
+    """Refuse a model that would be trained on other logits than it samples from."""
+    found = output_layer(model)(policy_hidden(model, [[token]], [[token]], [[1]]))
+    if not torch.allclose(found, response_logits(model, [[token]], [[token]])[0], atol=1e-3):
+        raise BadInput(f"{model.config.model_type}: its output layer does more than a product, which training here does not know")
+
+
 def frozen_copy(model):
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def padded(rows: list[list], device) -> torch.Tensor:
-    """Lists of numbers, one a sequence -> (B, T), zeros after a shorter one."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+def policy_tokens(trajectories: list[Trajectory], name: str, device) -> torch.Tensor:
+    """One of a trajectory's lists where its loss_mask is 1, trajectory after trajectory: (N,)."""
+    return torch.tensor([x for t in trajectories for x, m in zip(getattr(t, name), t.loss_mask) if m], device=device)
 
 
 def micro_batches(items: list, size: int, length) -> list[list]:
@@ -188,9 +200,9 @@ def micro_batches(items: list, size: int, length) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def update(model, optimizer, max_norm: float) -> float:
+def update(optimizer, max_norm: float) -> float:
     """Clip, step, clear; the gradient's norm before it was clipped."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm).item()
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -216,31 +228,36 @@ def grpo_step(model, start, optimizer, trajectories: list[Trajectory], rewards: 
     measured = range(len(groups) // 2 % every, len(groups), every)
     measured_tokens = sum(sum(t.loss_mask) for i in measured for t, _ in groups[i])
     refs: dict[int, torch.Tensor] = {}
+
+    def loss(logits, ids, old, advantage, *ref):
+        """Of n of the policy's tokens, (n, V) and (n,) each, as n sequences of one; it also keeps the statistics."""
+        logprobs = token_logprobs(logits, ids)[:, None]  # (n, 1)
+        value, part = grpo_loss(
+            logprobs, old[:, None], advantage, torch.ones_like(logprobs), clip_eps=config.clip_eps,
+            ref_logprobs=ref[0][:, None] if ref else None, kl_coef=config.kl_coef, num_tokens=num_tokens,
+        )  # fmt: skip
+        stats["entropy"] += token_entropies(logits).sum().item() / seen / config.updates
+        stats["clip_frac"] += part["clip_frac"] * len(ids) / seen / config.updates
+        if ref:
+            stats["kl"] += part["kl"] * len(ids) / measured_tokens / config.updates
+        if number == 0:  # before any update: the two must agree
+            stats["logprob_gap"] = max(stats["logprob_gap"], part["gap"])
+        return value
+
     for number in range(config.updates):
         for i, group in enumerate(tqdm(groups, desc="update", disable=None, leave=False)):
-            prompts, responses = [t.prompt_ids for t, _ in group], [t.response_ids for t, _ in group]
-            ids, mask = padded(responses, model.device), padded([t.loss_mask for t, _ in group], model.device)  # (B, T)
-            old = padded([t.logprobs for t, _ in group], model.device)  # (B, T)
-            if number == 0 and i in measured:
-                with torch.no_grad():
-                    refs[i] = token_logprobs(response_logits(start, prompts, responses), ids)  # (B, T)
-            logits = response_logits(model, prompts, responses)  # (B, T, V)
-            loss, part = grpo_loss(
-                token_logprobs(logits, ids), old, torch.tensor([a for _, a in group], device=model.device), mask,
-                clip_eps=config.clip_eps, ref_logprobs=refs.get(i), kl_coef=config.kl_coef, num_tokens=num_tokens,
-            )  # fmt: skip
-            loss.backward()
-            with torch.no_grad():
-                entropy = (token_entropies(logits) * mask).sum().item()
-            tokens = mask.sum().item() / config.updates
-            stats["loss"] += loss.item() / config.updates
-            if i in refs:
-                stats["kl"] += part["kl"] * tokens / measured_tokens
-            stats["clip_frac"] += part["clip_frac"] * tokens / seen
-            stats["entropy"] += entropy / seen / config.updates
-            if number == 0:  # before any update: the two must agree
-                stats["logprob_gap"] = max(stats["logprob_gap"], part["gap"])
-        stats["grad_norm"] += update(model, optimizer, config.max_grad_norm) / config.updates
+            rows = [t for t, _ in group]
+            texts = [t.prompt_ids for t in rows], [t.response_ids for t in rows], [t.loss_mask for t in rows]
+            ids, old = policy_tokens(rows, "response_ids", model.device), policy_tokens(rows, "logprobs", model.device)  # (N,)
+            advantage = torch.tensor([a for t, a in group for _ in range(sum(t.loss_mask))], device=model.device)  # (N,)
+            with autocast(model.device):
+                if number == 0 and i in measured:
+                    with torch.no_grad():
+                        refs[i] = policy_logprobs(start, policy_hidden(start, *texts), ids)  # (N,)
+                hidden = policy_hidden(model, *texts)  # (N, H)
+                ref = [refs[i]] if i in refs else []
+                stats["loss"] += backward_in_chunks(model, loss, hidden, ids, old, advantage, *ref) / config.updates
+        stats["grad_norm"] += update(optimizer, config.max_grad_norm) / config.updates
     return stats
 
 
@@ -319,22 +336,27 @@ def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
     }
 
 
-def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config: Config) -> dict:
-    """One update on a batch of pairs."""
+def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config: Config, adapters: Adapters | None = None) -> dict:
+    """One update on a batch of pairs. With adapters the teacher is the model itself, without them."""
     num_tokens = sum(sum(student.loss_mask) for _, _, student, _ in pairs)
+    taught_head = output_layer(teacher)
+
+    def loss(logits, taught):
+        with torch.no_grad():
+            taught_logits = taught_head(taught)  # (n, V)
+        how = dict(kind=config.divergence, clip=config.clip, tau=config.tau)
+        return divergences(logits, taught_logits, **how).sum() / num_tokens
+
     total = 0.0
     for group in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[2].response_ids)):
-        responses = [student.response_ids for _, _, student, _ in group]  # the same ids for both readers
-        mask = padded([student.loss_mask for _, _, student, _ in group], model.device)  # (B, T)
-        with torch.no_grad():
-            taught = response_logits(teacher, [prompt for *_, prompt in group], responses)  # (B, T, V)
-        logits = response_logits(model, [student.prompt_ids for _, _, student, _ in group], responses)  # (B, T, V)
-        loss = distill_loss(
-            logits, taught, mask, kind=config.divergence, clip=config.clip, tau=config.tau, num_tokens=num_tokens
-        )
-        loss.backward()
-        total += loss.item()
-    return {"loss": total, "grad_norm": update(model, optimizer, config.max_grad_norm)}
+        # The same ids for both readers.
+        texts = [student.response_ids for _, _, student, _ in group], [student.loss_mask for _, _, student, _ in group]
+        with autocast(model.device):
+            with torch.no_grad(), adapters.off() if adapters else nullcontext():
+                taught = policy_hidden(teacher, [prompt for *_, prompt in group], *texts)  # (N, H)
+            hidden = policy_hidden(model, [student.prompt_ids for _, _, student, _ in group], *texts)  # (N, H)
+            total += backward_in_chunks(model, loss, hidden, taught)
+    return {"loss": total, "grad_norm": update(optimizer, config.max_grad_norm)}
 
 
 def ofsd_stage(run: Run, stage: str) -> dict:
@@ -361,17 +383,21 @@ def ofsd_stage(run: Run, stage: str) -> dict:
     if skipped:
         print("the teacher has no supported edge over the student: this stage is skipped (--force-ofsd runs it)")
         return edge
-    teacher = frozen_copy(run.model)
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.ofsd_lr, weight_decay=0.0)
+    adapters = Adapters(run.model, config.lora_rank) if config.lora_rank else None
+    teacher = run.model if adapters else frozen_copy(run.model)
+    trained = (adapters or run.model).parameters()
+    optimizer = torch.optim.AdamW(trained, lr=config.ofsd_lr, weight_decay=0.0)
     batches = []
     for _ in range(config.ofsd_epochs):
         shuffled = run.rng.sample(pairs, len(pairs))
         batches += [shuffled[i : i + config.ofsd_batch] for i in range(0, len(pairs), config.ofsd_batch)]
     print(" step        loss   grad_norm")
     for step, batch in enumerate(tqdm(batches, desc="distillation", disable=None, leave=False), start=1):
-        stats = ofsd_step(run.model, teacher, optimizer, batch, config)
+        stats = ofsd_step(run.model, teacher, optimizer, batch, config, adapters)
         run.log("step", stage, step=step, **stats)
         tqdm.write(f"{step:5d} {stats['loss']:11.4g} {stats['grad_norm']:11.4g}")
+    if adapters:
+        adapters.merge()
     return edge
 
 

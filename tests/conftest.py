@@ -36,6 +36,21 @@ def random_model():
     return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "micro/model")).eval()
 
 
+@pytest.fixture
+def small_model(tokenizer):
+    """small_model(kind, **config): a model of another family with random weights."""
+
+    def make(kind, **more):
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=512)
+        sizes = sizes if kind != "gpt2" else dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
+        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes, initializer_range=0.2, **more)
+        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def micro_index():
     return BM25(load_corpus(ROOT / "micro/corpus.jsonl"))

@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from grpo import group_advantages, grpo_loss, token_entropies, token_logprobs
+import grpo
+from grpo import (
+    backward_in_chunks, group_advantages, grpo_loss, output_layer, policy_hidden, policy_logprobs, token_entropies, token_logprobs,
+)  # fmt: skip
+from rollout import response_logits
 
 
 def tensor(*rows):
@@ -18,6 +22,12 @@ def test_advantages_worked_by_hand():
     assert found[0].tolist() == pytest.approx([1.7889, *[-0.4472] * 4], abs=1e-4)
     # mean .4, std = sqrt((2 * .36 + 3 * .16) / 4) = .5477
     assert found[1].tolist() == pytest.approx([1.0954] * 2 + [-0.7303] * 3, abs=1e-4)
+
+
+def test_advantages_without_the_division():
+    rewards = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0.1, 0.1, 0.1, 0.1, 0.1]])
+    expected = [[0.8] + [-0.2] * 4, [0.6] * 2 + [-0.4] * 3, [0.0] * 5]
+    assert group_advantages(rewards, by_std=False).tolist() == [pytest.approx(row) for row in expected]
 
 
 def test_groups_without_variance_and_groups_of_one_teach_nothing():
@@ -36,6 +46,16 @@ def test_logprobs_and_entropy_of_a_three_word_vocabulary():
     assert token_logprobs(logits, torch.tensor([[2]])).item() == pytest.approx(math.log(0.5))
     expected = -(0.2 * math.log(0.2) + 0.3 * math.log(0.3) + 0.5 * math.log(0.5))
     assert token_entropies(logits).item() == pytest.approx(expected)
+
+
+def test_a_word_of_probability_zero():
+    logits = tensor([0.25, 0.75, 0.0]).log()[:, None].requires_grad_()  # (1, 1, 3)
+    entropy = token_entropies(logits)
+    assert not entropy.requires_grad
+    assert entropy.item() == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+    token_logprobs(logits, torch.tensor([[1]])).sum().backward()
+    assert logits.grad.flatten().tolist() == pytest.approx([-0.25, 0.25, 0.0])
+    assert token_logprobs(logits, torch.tensor([[2]])).item() == -math.inf
 
 
 def test_value_is_zero_but_the_gradient_is_not_at_ratio_one():
@@ -147,3 +167,104 @@ def test_all_masked_is_zero_with_a_graph(norm):
     loss, stats = grpo_loss(values, torch.zeros(2, 3), torch.ones(2), torch.zeros(2, 3), norm=norm)
     loss.backward()
     assert loss.item() == 0.0 and values.grad.eq(0).all() and stats["clip_frac"] == 0.0
+
+
+@pytest.mark.parametrize("norm", ["token", "grpo", "dr_grpo"])
+def test_one_sequence_and_equal_rewards(norm):
+    for rewards in ([[1.0]], [[1.0, 1.0, 1.0]], [[0.0, 0.0]]):  # one sequence, all right, all wrong
+        advantages = group_advantages(torch.tensor(rewards))[0]
+        values = torch.full((len(advantages), 3), -1.0, requires_grad=True)
+        loss, _ = grpo_loss(values, values.detach() - 0.7, advantages, torch.ones(len(advantages), 3), norm=norm)
+        loss.backward()
+        assert loss.item() == 0.0 and values.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("norm", ["token", "grpo", "dr_grpo"])
+def test_neither_padding_nor_order_changes_loss_or_gradient(norm):
+    new, old, advantages, mask = random_batch()
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    results = []
+    for pad, rows in ((0, torch.arange(6)), (4, order)):
+        padded = [torch.nn.functional.pad(x, (0, pad), value=value)[rows] for x, value in ((new, 9.0), (old, -9.0), (mask, 0))]
+        padded[0].requires_grad_()
+        loss, _ = grpo_loss(*padded[:2], advantages[rows], padded[2], norm=norm, max_len=9)
+        loss.backward()
+        results.append((loss, padded[0].grad[torch.argsort(rows), :9]))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-12)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------- in bounded memory
+
+PROMPTS, RESPONSES = [[5, 6, 7, 8], [9]], [[10, 11, 12], [13, 14, 15, 16, 17]]
+MASKS = [[1, 0, 1], [0, 1, 1, 0, 1]]
+MASK = torch.tensor([[1, 0, 1, 0, 0], MASKS[1]]).bool()
+IDS = torch.tensor([[10, 11, 12, 0, 0], RESPONSES[1]])
+
+
+@pytest.mark.parametrize("positions", [1, 2, 5, 100])
+def test_chunks_give_the_value_and_the_gradient_of_the_plain_formula(random_model, monkeypatch, positions):
+    weights = torch.randn(5)
+    logits = response_logits(random_model, PROMPTS, RESPONSES)  # (2, 5, V)
+    plain = token_logprobs(logits, IDS)[MASK]  # (5,)
+    (plain * weights).sum().backward()
+    expected = [p.grad.clone() for p in random_model.parameters()]
+    random_model.zero_grad()
+    monkeypatch.setattr(grpo, "CHUNK", positions * random_model.config.vocab_size)
+    hidden = policy_hidden(random_model, PROMPTS, RESPONSES, MASKS)
+    assert torch.allclose(policy_logprobs(random_model, hidden, IDS[MASK]), plain, atol=1e-5)
+    loss = lambda logits, ids, weights: (token_logprobs(logits, ids) * weights).sum()  # noqa: E731
+    value = backward_in_chunks(random_model, loss, hidden, IDS[MASK], weights)
+    assert value == pytest.approx((plain * weights).sum().item(), rel=1e-5)
+    for p, gradient in zip(random_model.parameters(), expected):
+        assert (p.grad - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_only_the_policys_tokens_reach_the_output_layer_and_only_a_chunk_at_a_time(random_model, monkeypatch):
+    monkeypatch.setattr(grpo, "CHUNK", 3 * random_model.config.vocab_size - 1)
+    seen = []
+    random_model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    hidden = policy_hidden(random_model, PROMPTS, RESPONSES, MASKS)
+    backward_in_chunks(random_model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, IDS[MASK])
+    assert seen == [2, 2, 1]  # 5 of 8 response tokens, 2 at a time
+
+
+def test_chunks_are_exact_in_float64(random_model, monkeypatch):
+    model = random_model.double()
+    monkeypatch.setattr(grpo, "output_layer", lambda model: model.get_output_embeddings())  # whose logits are not rounded to float32
+    gradients = []
+    for positions in (1, 2, 5):
+        monkeypatch.setattr(grpo, "CHUNK", positions * model.config.vocab_size)
+        model.zero_grad()
+        hidden = policy_hidden(model, PROMPTS, RESPONSES, MASKS)
+        backward_in_chunks(model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, IDS[MASK])
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for other in gradients[1:]:
+        assert (gradients[0] - other).norm() < 1e-13 * other.norm()
+
+
+def test_nothing_sampled_is_a_graph_of_zeros(random_model):
+    hidden = policy_hidden(random_model, [[5]], [[6, 7]], [[0, 0]])
+    ids = torch.tensor([], dtype=torch.long)
+    assert policy_logprobs(random_model, hidden, ids).shape == (0,)
+    assert backward_in_chunks(random_model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, ids) == 0.0
+    assert all(p.grad is None or p.grad.eq(0).all() for p in random_model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma", "phi3", "olmo2", "gpt_neox", "granite", "stablelm", "cohere"])
+def test_the_output_layer_of_each_family_gives_its_logits(kind, small_model):
+    more = {} if kind in ("gpt2", "gpt_neox") else {"num_key_value_heads": 2}
+    model = small_model(kind, **more, **({"logits_scaling": 3.0} if kind == "granite" else {}))
+    found = output_layer(model)(policy_hidden(model, PROMPTS, RESPONSES, MASKS))
+    expected = response_logits(model, PROMPTS, RESPONSES)[MASK]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- TRL
+
+
+def test_parity_with_trls_log_probabilities_and_entropies():
+    utils = pytest.importorskip("trl.trainer.utils")
+    logits, ids = torch.randn(3, 4, 9), torch.randint(9, (3, 4))
+    assert torch.allclose(token_logprobs(logits, ids), utils.selective_log_softmax(logits, ids), atol=1e-6)
+    assert torch.allclose(token_entropies(logits), utils.entropy_from_logits(logits), atol=1e-6)

@@ -1,13 +1,23 @@
 """ofsd.py: every case of the mining rule, the privileged prompt, and the divergences in numbers."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from ofsd import difference, distill_loss, divergence_terms, mine_pair, privileged_prompt, spans
-from retriever import Passage
-from rollout import TAGS, Trajectory, chat_ids, decode, encode, observation_ids, standard_prompt
+import grpo
+from grpo import backward_in_chunks, output_layer, policy_hidden
+from ofsd import (
+    Adapters, difference, distill_loss, divergence_terms, divergences, mine_pair, privileged_prompt, query_mask, spans,
+)  # fmt: skip
+from retriever import BadInput, Passage
+from rollout import (
+    TAGS, Trajectory, chat_ids, decode, encode, observation_ids, response_logits, rollout, standard_prompt,
+)  # fmt: skip
+
+ROOT = Path(__file__).resolve().parent.parent
 
 P, Q = (0.6, 0.3, 0.1), (0.2, 0.3, 0.5)  # teacher, student: METHOD's test vector
 
@@ -240,6 +250,171 @@ def test_equal_distributions_have_no_divergence_and_it_is_never_negative():
     for kind in ("forward_kl", "reverse_kl", "jsd"):
         assert divergence_terms(log_p, log_p, kind).sum(-1).abs().max() < 1e-12
         assert divergence_terms(log_p, log_q, kind).sum(-1).min() > 0
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("clip", ["none", "position"])
+def test_neither_padding_nor_order_changes_loss_or_gradient(kind, clip):
+    student, teacher, mask = random_logits()
+    order, results = torch.tensor([4, 2, 0, 1, 3]), []
+    for pad, rows in ((0, torch.arange(5)), (3, order)):
+        padded = [torch.nn.functional.pad(x, (0, 0, 0, pad), value=7.0)[rows] for x in (student, teacher)]
+        padded[0].requires_grad_()
+        loss = distill_loss(*padded, torch.nn.functional.pad(mask, (0, pad))[rows], kind=kind, clip=clip)
+        loss.backward()
+        results.append((loss, padded[0].grad[torch.argsort(rows), :6]))
+    assert torch.allclose(results[0][0], results[1][0], rtol=1e-12)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-12, atol=1e-18)
+
+
+def test_a_word_that_is_impossible_for_one_of_the_two():
+    """p = (.5, .5, 0) and q = (.2, 0, .8), and the other way round: KL is infinite where the first
+    holds a word that the second excludes, finite in the other direction, and JSD is always finite:
+    m = (.35, .25, .4), JSD = (.5 ln(.5/.35) + .5 ln(.5/.25) + .2 ln(.2/.35) + .8 ln(.8/.4)) / 2."""
+    p, q = (torch.tensor([[[*values]]], dtype=torch.float64).log() for values in ((0.5, 0.5, 0.0), (0.2, 0.0, 0.8)))
+    ones, student = torch.ones(1, 1), q.clone().requires_grad_()
+    loss = distill_loss(student, p, ones)
+    loss.backward()
+    assert loss.item() == math.inf
+    assert student.grad.flatten().tolist() == pytest.approx([0.2 - 0.5, 0.0 - 0.5, 0.8])  # p_S - p_T still
+    assert distill_loss(q, p, ones, kind="reverse_kl").item() == math.inf
+    student = q.clone().requires_grad_()
+    loss = distill_loss(student, p, ones, kind="jsd")
+    loss.backward()
+    expected = 0.5 * math.log(0.5 / 0.35) + 0.5 * math.log(2) + 0.2 * math.log(0.2 / 0.35) + 0.8 * math.log(2)
+    assert loss.item() == pytest.approx(expected / 2) and student.grad.isfinite().all()
+    # One that only the student's excess excludes: .5 ln(.5/.2) + .5 ln(.5/.2)
+    one, two = (torch.tensor([[[*values]]], dtype=torch.float64).log() for values in ((0.5, 0.5, 0.0), (0.2, 0.2, 0.6)))
+    assert distill_loss(two, one, ones).item() == pytest.approx(math.log(2.5))
+    assert distill_loss(one, two, ones, kind="reverse_kl").item() == pytest.approx(math.log(2.5))
+
+
+def test_divergences_in_chunks_are_those_of_the_plain_formula(random_model, monkeypatch):
+    model, mask = random_model, torch.tensor([[1, 1, 0], [0, 1, 1]])
+    prompts, privileged, responses = [[3], [4, 5]], [[3, 8, 9], [4, 5, 6]], [[10, 11, 12], [13, 14, 15]]
+    how = dict(kind="jsd", clip="position", tau=0.01)
+    with torch.no_grad():
+        teacher = response_logits(model, privileged, responses)  # (2, 3, V)
+    plain = distill_loss(response_logits(model, prompts, responses), teacher, mask, **how)
+    plain.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(grpo, "CHUNK", 3 * model.config.vocab_size)
+    head = output_layer(model)
+    with torch.no_grad():
+        taught = policy_hidden(model, privileged, responses, mask.tolist())
+    hidden = policy_hidden(model, prompts, responses, mask.tolist())
+    loss = lambda logits, taught: divergences(logits, head(taught).detach(), **how).sum() / 4  # noqa: E731
+    assert backward_in_chunks(model, loss, hidden, taught) == pytest.approx(plain.item(), rel=1e-5)
+    for p, gradient in zip(model.parameters(), expected):
+        assert (p.grad - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_parity_with_trls_self_distillation():
+    utils = pytest.importorskip("trl.experimental.sdpo.loss_utils")
+    student, teacher = torch.randn(2, 3, 4, 9)
+    for kind, alpha in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5)):
+        theirs = utils.compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=alpha)
+        ours = divergences(student.flatten(0, 1), teacher.flatten(0, 1), kind=kind)
+        assert torch.allclose(ours, theirs.flatten(), atol=1e-6)
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return response_logits(model, [[5, 6]], [[7, 8, 9]])
+
+
+def train_a_little(adapters, model, seed=0):
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(adapters.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        response_logits(model, [[5, 6]], [[7, 8, 9]])[..., 4].mean().neg().backward()
+        optimizer.step()
+
+
+def test_untrained_adapters_change_nothing(random_model):
+    before = logits_of(random_model)
+    adapters = Adapters(random_model, 4)
+    assert torch.equal(logits_of(random_model), before)  # student equals teacher, given the same prompt
+    with adapters.off():
+        assert torch.equal(logits_of(random_model), before)
+
+
+def test_only_the_adapters_are_trained_and_off_is_the_model_before(random_model):
+    before, weights = logits_of(random_model), {name: p.clone() for name, p in random_model.named_parameters()}
+    adapters = Adapters(random_model, 4)
+    # 4 layers of seven products: q, k, v, o (128 x 128), gate, up, down (128 x 512)
+    assert sum(p.numel() for p in adapters.parameters()) == 4 * 4 * (4 * 256 + 3 * 640)
+    train_a_little(adapters, random_model)
+    assert not torch.allclose(logits_of(random_model), before, atol=1e-2)
+    with adapters.off():
+        assert torch.equal(logits_of(random_model), before)
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in random_model.named_parameters())
+
+
+def test_the_merged_model_equals_the_adapted_one(random_model):
+    embedding = random_model.get_input_embeddings().weight.clone()
+    names = [name for name, _ in random_model.named_parameters()]
+    adapters = Adapters(random_model, 4)
+    train_a_little(adapters, random_model)
+    adapted = logits_of(random_model)
+    adapters.merge()
+    assert torch.allclose(logits_of(random_model), adapted, atol=1e-5)
+    assert [name for name, _ in random_model.named_parameters()] == names
+    assert all(p.requires_grad for p in random_model.parameters())
+    assert torch.equal(random_model.get_input_embeddings().weight, embedding)
+    # The next round begins from the merged weights.
+    again = Adapters(random_model, 4)
+    with again.off():
+        assert torch.allclose(logits_of(random_model), adapted, atol=1e-5)
+
+
+def test_a_merge_in_bfloat16_would_lose_a_small_update(random_model):
+    adapters = Adapters(random_model, 4)
+    linear, a, b, _ = adapters.layers[0]
+    with torch.no_grad():
+        b.normal_(std=1e-5)
+    update = 2 * b @ a
+    before, half = linear.weight.clone(), linear.weight.bfloat16()
+    adapters.merge()
+    assert linear.weight.dtype == torch.float32 and torch.allclose(linear.weight - before, update, atol=1e-8)
+    lost = (half + update.bfloat16() == half).float().mean()
+    assert lost > 0.95  # of 8 bits of mantissa nothing is left for a change of a ten-thousandth
+
+
+def test_a_model_without_linear_layers_is_refused(small_model):
+    with pytest.raises(BadInput, match="gpt2 has no torch.nn.Linear layer"):
+        Adapters(small_model("gpt2"), 4)
+
+
+# ---------------------------------------------------------------- what is aligned, what is read
+
+
+def test_the_query_mask_holds_the_queries_and_nothing_else(micro, micro_index):
+    model, tokenizer = micro
+    questions = [json.loads(line)["question"] for line in open(ROOT / "micro/train.jsonl", encoding="utf-8")][:6]
+    rows = rollout(model, tokenizer, micro_index, questions, seed=0)
+    assert sum(len(row.queries) for row in rows) > 6
+    for row in rows:
+        mask = query_mask(tokenizer, row)
+        assert len(mask) == len(row.loss_mask) and all(m <= sampled for m, sampled in zip(mask, row.loss_mask))
+        kept = decode(tokenizer, [token for token, m in zip(row.response_ids, mask) if m])
+        assert kept.split() == " ".join(row.queries).split()
+
+
+def test_the_teacher_may_read_only_queries_and_answer(tokenizer, reference):
+    whole = decode(tokenizer, privileged_prompt(tokenizer, "Who?", reference, 1000))
+    short = decode(tokenizer, privileged_prompt(tokenizer, "Who?", reference, 1000, reads="queries"))
+    assert "<information>" in whole and "<information>" not in short and "<think>" not in short
+    for query in reference.queries:
+        assert f"<search> {query} </search>" in short
+    assert f"<answer> {reference.answer} </answer>" in short and short.startswith(whole[:20])
+    with pytest.raises(ValueError, match="reads is"):
+        privileged_prompt(tokenizer, "Who?", reference, 1000, reads="answer")
 
 
 def test_the_reference_may_hold_tags(tokenizer, reference):

@@ -388,31 +388,20 @@ def test_cached_sampling_equals_one_full_forward_pass_on_a_gpu_in_bf16(micro, mi
     assert largest_gap(model, rows) < 0.25  # bf16 keeps 8 bits: a logit of 16 is off by up to .06
 
 
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=512)
-
-
-def small_model(kind, tokenizer, **more):
-    torch.manual_seed(0)
-    sizes = SIZES if kind != "gpt2" else dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes, initializer_range=0.2, **more)
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma", "phi3", "olmo2", "gpt_neox", "granite", "stablelm"])
-def test_any_decoder_with_ordinary_attention_is_sampled_exactly(kind, attention, tokenizer, three):
+def test_any_decoder_with_ordinary_attention_is_sampled_exactly(kind, attention, small_model, tokenizer, three):
     more = {} if kind in ("gpt2", "gpt_neox") else {"num_key_value_heads": 2}  # grouped heads too
-    model = small_model(kind, tokenizer, **more)
+    model = small_model(kind, **more)
     model.set_attn_implementation(attention)
     rows = rollout(model, tokenizer, three, QUESTIONS, group_size=2, seed=0, max_turn_tokens=40)
     assert largest_gap(model, rows) < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma2", "mamba", "bloom"])
-def test_a_model_without_ordinary_attention_is_refused(kind, tokenizer):
+def test_a_model_without_ordinary_attention_is_refused(kind, small_model):
     with pytest.raises(BadInput, match=f"{kind}: only decoders whose every layer is full attention"):
-        RowCache(small_model(kind, tokenizer, **({"sliding_window": 8} if kind == "mistral" else {})))
+        RowCache(small_model(kind, **({"sliding_window": 8} if kind == "mistral" else {})))
 
 
 @pytest.mark.slow

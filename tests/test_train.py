@@ -14,7 +14,7 @@ import train as train_module
 from grpo import group_advantages
 from ofsd import mine_pair, privileged_prompt, spans
 from retriever import BadInput
-from rollout import load_model, rollout
+from rollout import load_model, response_logits, rollout
 from train import Config, frozen_copy, grpo_step, ofsd_step, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
@@ -93,7 +93,7 @@ class Spy:
     """An optimizer that keeps the gradients instead of using them."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.param_groups = model, [{"params": list(model.parameters())}]
 
     def step(self):
         self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
@@ -132,7 +132,6 @@ def test_skipping_groups_without_variance_changes_nothing(micro, batch):
     rows, rewards = batch
     advantages, tokens = group_advantages(rewards).flatten(), sum(sum(r.loss_mask) for r in rows)
     from grpo import grpo_loss, token_logprobs
-    from rollout import response_logits
 
     for row, advantage in zip(rows, advantages):
         logits = response_logits(model, [row.prompt_ids], [row.response_ids])
@@ -183,8 +182,8 @@ def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(micro, 
     teacher, model = frozen_copy(micro[0]), frozen_copy(micro[0]).requires_grad_(True)
     pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
     read_by = []
-    plain = train_module.response_logits
-    monkeypatch.setattr(train_module, "response_logits", lambda m, p, r: read_by.append((m, p, r)) or plain(m, p, r))
+    plain = train_module.policy_hidden
+    monkeypatch.setattr(train_module, "policy_hidden", lambda m, p, r, k: read_by.append((m, p, r)) or plain(m, p, r, k))
     before = [p.clone() for p in teacher.parameters()]
     stats = ofsd_step(model, teacher, torch.optim.SGD(model.parameters(), lr=0.1), pairs, SMALL)
     (one, privileged, taught), (two, standard, learnt) = read_by
@@ -194,6 +193,70 @@ def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(micro, 
     # Under one and the same prompt the student is its own teacher: nothing to learn.
     same = [({}, rows[0], rows[1], rows[1].prompt_ids)]
     assert ofsd_step(teacher.requires_grad_(True), frozen_copy(teacher), Spy(teacher), same, SMALL)["loss"] < 1e-6
+
+
+def test_the_gradient_is_that_of_finite_differences(micro, batch):
+    """From rollouts to the loss, end to end: along its gradient g the loss falls by |g|^2 a unit."""
+    rows = [replace(row, logprobs=[value - 0.05 * mask for value, mask in zip(row.logprobs, row.loss_mask)]) for row in batch[0]]
+    pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
+    teacher = frozen_copy(micro[0])
+
+    def grpo(model, config=replace(SMALL, max_grad_norm=1e9, kl_coef=0.1)):
+        return grpo_step(model, teacher, Spy(model), rows, batch[1], config)["loss"]
+
+    def ofsd(model, config=replace(SMALL, max_grad_norm=1e9)):
+        return ofsd_step(model, teacher, Spy(model), pairs, config)["loss"]
+
+    for step in (grpo, ofsd):
+        model = frozen_copy(micro[0]).requires_grad_(True)
+        spies = []
+        train_spy = Spy.step
+        Spy.step = lambda self: (train_spy(self), spies.append(self.gradient))
+        try:
+            step(model)
+        finally:
+            Spy.step = train_spy
+        gradient, norm = spies[0], spies[0].norm()
+        start, values = torch.nn.utils.parameters_to_vector(model.parameters()).detach(), []
+        for epsilon in (0.003, -0.003):
+            torch.nn.utils.vector_to_parameters(start + epsilon * gradient / norm, model.parameters())
+            values.append(step(model))
+        assert (values[0] - values[1]) / 0.006 == pytest.approx(norm.item(), rel=0.01)
+
+
+def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(tmp_path, monkeypatch):
+    seen, probe = {}, ([[5, 6]], [[7, 8]])
+    logits = lambda model: response_logits(model, *probe).detach()  # noqa: E731
+    plain_mine, plain_step = train_module.mine, train_module.ofsd_step
+
+    def mine(run, *args):
+        seen["start"], seen["after grpo"], seen["run"] = logits(run.start), logits(run.model), run
+        return plain_mine(run, *args)
+
+    def step(model, teacher, optimizer, pairs, config, adapters):
+        assert teacher is model
+        with adapters.off():
+            seen["teacher"] = logits(teacher)
+        stats = plain_step(model, teacher, optimizer, pairs, config, adapters)
+        seen["adapted"] = logits(model)
+        return stats
+
+    monkeypatch.setattr(train_module, "mine", mine)
+    monkeypatch.setattr(train_module, "ofsd_step", step)
+    folder = train(replace(SMALL, out=str(tmp_path / "run"), lora_rank=4, ofsd_lr=1e-2))
+    assert torch.equal(seen["teacher"], seen["after grpo"])  # at the last step, too
+    assert not torch.equal(seen["teacher"], seen["start"])
+    merged = logits(seen["run"].model)
+    assert torch.allclose(merged, seen["adapted"], atol=1e-4) and not torch.allclose(merged, seen["teacher"], atol=1e-2)
+    assert torch.equal(logits(load_model(str(folder / "model"))[0]), merged)
+
+
+def test_a_model_whose_output_layer_does_more_is_refused(micro):
+    model = frozen_copy(micro[0])
+    train_module.check_output_layer(model, 5)
+    model.config.logits_scaling = 2.0
+    with pytest.raises(BadInput, match="its output layer does more"):
+        train_module.check_output_layer(model, 5)
 
 
 def test_a_stage_without_supported_edge_says_so_and_is_skipped(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,151 @@
+"""Peak memory and time of the losses at a vocabulary of 151,936: plain, in chunks, and TRL's.
+
+    python bench/losses.py                       # 500 and 1,000 positions; two minutes on 2 cores, 10 GB
+    python bench/losses.py --positions 250       # smaller
+
+A hidden state of width --hidden stands for the model; the output layer is a real one. Each row
+is a process of its own: forward and backward of (1) GRPO's log-probabilities, with the entropies
+that are logged, and (2) the forward KL to a teacher. Peak: the largest resident size above that
+before the loss. Time: the median of --repeats runs after one that warms up. plain is the formula
+on the logits of all positions; chunks is what training uses (backward_in_chunks
+of grpo.py). TRL's functions
+(skipped where trl is not installed) are those its trainers call without a fused kernel:
+selective_log_softmax with entropy_from_logits, the full-vocabulary loss of its self-distillation,
+and the chunked divergence of its distillation trainer.
+"""
+
+import argparse
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+
+from grpo import backward_in_chunks, token_entropies, token_logprobs  # noqa: E402
+from ofsd import divergences  # noqa: E402
+
+VOCABULARY = 151_936
+
+
+def model(head):
+    """What backward_in_chunks needs of a model."""
+    config = SimpleNamespace(vocab_size=head.out_features)
+    config.get_text_config = lambda: config
+    return SimpleNamespace(config=config, get_output_embeddings=lambda: head)
+
+
+def grpo_plain(head, hidden, taught, ids):
+    logits = head(hidden)  # (N, V)
+    token_entropies(logits).sum()
+    token_logprobs(logits, ids).mean().backward()
+
+
+def grpo_chunks(head, hidden, taught, ids):
+    def loss(logits, ids_):
+        token_entropies(logits).sum()
+        return token_logprobs(logits, ids_).sum() / len(ids)
+
+    backward_in_chunks(model(head), loss, hidden, ids)
+
+
+def grpo_trl(head, hidden, taught, ids):
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    logits = head(hidden)
+    with torch.no_grad():
+        entropy_from_logits(logits).sum()
+    selective_log_softmax(logits, ids).mean().backward()
+
+
+def ofsd_plain(head, hidden, taught, ids):
+    with torch.no_grad():
+        teacher = head(taught)  # (N, V)
+    divergences(head(hidden), teacher).mean().backward()
+
+
+def ofsd_chunks(head, hidden, taught, ids):
+    def loss(logits, taught):
+        with torch.no_grad():
+            teacher = head(taught)  # (n, V)
+        return divergences(logits, teacher).sum() / len(ids)
+
+    backward_in_chunks(model(head), loss, hidden, taught)
+
+
+def ofsd_trl(head, hidden, taught, ids):
+    from trl.experimental.sdpo.loss_utils import compute_full_logit_self_distillation_loss
+
+    with torch.no_grad():
+        teacher = head(taught)
+    compute_full_logit_self_distillation_loss(head(hidden), teacher, distillation_alpha=0.0).mean().backward()
+
+
+def ofsd_trl_chunks(head, hidden, taught, ids):
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    mask = torch.ones(1, len(ids))
+    _chunked_divergence_loss(hidden[None], taught[None], head.weight, head.weight.detach(), mask, beta=0.0)[0].backward()
+
+
+WAYS = {
+    "GRPO plain": grpo_plain, "GRPO chunks": grpo_chunks, "GRPO TRL": grpo_trl,
+    "OFSD plain": ofsd_plain, "OFSD chunks": ofsd_chunks, "OFSD TRL": ofsd_trl, "OFSD TRL chunks": ofsd_trl_chunks,
+}  # fmt: skip
+
+
+def resident(name: str) -> int:
+    """Bytes of VmRSS (now) or VmHWM (the peak) of this process."""
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measure(name: str, positions: int, width: int, repeats: int) -> dict:
+    """In a fresh process: the norms of both gradients, peak bytes above the start, seconds."""
+    torch.manual_seed(0)
+
+    def inputs(vocabulary, positions):
+        head = torch.nn.Linear(width, vocabulary, bias=False)
+        hidden = torch.randn(positions, width, requires_grad=True)
+        return head, hidden, hidden.detach() + 0.3 * torch.randn(positions, width), torch.randint(vocabulary, (positions,))
+
+    WAYS[name](*inputs(1000, 4))  # imports and thread pools are not the loss's
+    head, hidden, taught, ids = inputs(VOCABULARY, positions)
+    head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
+    before, seconds = resident("VmRSS"), []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        WAYS[name](head, hidden, taught, ids)
+        seconds.append(time.perf_counter() - began)
+    norms = [(x.grad.norm() / (repeats + 1)).item() for x in (hidden, head.weight)]
+    return {"norms": norms, "peak": resident("VmHWM") - before, "seconds": median(seconds[1:])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Memory and time of the losses, side by side.")
+    parser.add_argument("--positions", type=int, nargs="+", default=[500, 1000])
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    print(f"vocabulary {VOCABULARY}, hidden width {args.hidden}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"\n{'':18}{'positions':>10}{'peak MB':>9}{'of plain':>10}{'seconds':>9}{'of plain':>10}{'gradients of states and layer':>32}")
+    for positions in args.positions:
+        for name in WAYS:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                try:
+                    got = pool.submit(measure, name, positions, args.hidden, args.repeats).result()
+                except ImportError as error:
+                    print(f"{name:18} is skipped: {error}")
+                    continue
+            plain = got if name.endswith("plain") else plain
+            print(f"{name:18}{positions:10}{got['peak'] / 1e6:9.0f}{got['peak'] / plain['peak']:10.2f}{got['seconds']:9.2f}"
+                  f"{got['seconds'] / plain['seconds']:10.2f}{got['norms'][0]:18.5e}{got['norms'][1]:14.5e}", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
