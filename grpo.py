@@ -73,9 +73,10 @@ def grpo_loss(
 
     logprobs, old_logprobs, loss_mask (and ref_logprobs): (B, T); advantages: (B,). Position t
     belongs to response token t. num_tokens: the divisor of norm "token"; pass the whole
-    batch's count when it comes in pieces. max_len: L of dr_grpo (None: T). Masked positions
-    may hold anything. stats: clip_frac (share of policy tokens whose gradient the clip stops),
-    kl (mean k3, where ref_logprobs are given), gap (largest |log rho|).
+    batch's count when it comes in pieces (the other two norms want a batch whole). max_len: L of
+    dr_grpo (None: T). Masked positions may hold anything. stats: clip_frac (share of policy
+    tokens whose gradient the clip stops), kl (mean k3, where ref_logprobs are given), gap
+    (largest |log rho|).
 
     >>> old, mask = torch.log(torch.tensor([[0.5, 0.5]])), torch.ones(1, 2)
     >>> new = torch.log(torch.tensor([[0.7, 0.5]])).requires_grad_()   # rho = 1.4, 1.0
@@ -135,7 +136,15 @@ def output_layer(model):
     """The function from what policy_hidden returns to logits, (N, H) -> (N, V) in float32."""
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return lambda hidden: layer(hidden).float() * scale
+    return lambda hidden: layer(hidden).float() if scale == 1 else layer(hidden).float() * scale
+
+
+@torch.no_grad()
+def knows_output_layer(model) -> bool:
+    """Does output_layer give this model's logits? Else training would see others than sampling."""
+    ids = torch.tensor([[0, 1]], device=model.device)
+    logits = output_layer(model)(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)  # (1, 2, V)
+    return torch.allclose(logits, model(input_ids=ids, use_cache=False).logits.float(), atol=1e-3)
 
 
 def chunks(model, *tensors: torch.Tensor):
