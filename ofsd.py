@@ -23,6 +23,11 @@ Equations (q question, y_ref reference, y_stu the student's trajectory, m_t its 
     clip position : w_t D with w_t = min(1, tau / D), detached: caps rare large positions and
                     keeps the direction of every one
 
+All tensors over the vocabulary are (N, V): the N positions whose mask is 1, at most a chunk of
+them at a time in training (grpo.py). "The loss is near zero, is it learning?" It is zero where the
+reference tells the teacher nothing that the student does not know, and it falls when the student
+agrees with the teacher, right or wrong: watch the teacher's edge, and the reward after the stage.
+
 Deviations from the paper
     1. The default clip is none: entry reverses the correction (above), and the paper's tau is
        not known (.05, the default where a clip is asked for, is that of OPSD, 2601.18734).
