@@ -46,7 +46,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, by_std: bool = Tr
     centred = rewards - rewards.mean(dim=1, keepdim=True)  # (Q, G)
     if by_std:
         centred = centred / (rewards.std(dim=1, keepdim=True) + eps)  # (Q, G), ddof 1
-    # Rounding leaves .1 + .1 + .1 a hair off its mean: a group of equals is exactly 0.
+    # Rounding leaves three rewards of .9 a hair off their mean: a group of equals is exactly 0.
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
     return torch.where(equal, 0.0, centred)
 

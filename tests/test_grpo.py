@@ -24,6 +24,11 @@ def test_advantages_worked_by_hand():
     assert found[1].tolist() == pytest.approx([1.0954] * 2 + [-0.7303] * 3, abs=1e-4)
 
 
+def test_eps_is_added_to_the_deviation():
+    # mean .5, std .7071: .5 / (.7071 + 1)
+    assert group_advantages(torch.tensor([[1.0, 0.0]]), eps=1.0).tolist() == [pytest.approx([0.29289, -0.29289], abs=1e-5)]
+
+
 def test_advantages_without_the_division():
     rewards = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0.1, 0.1, 0.1, 0.1, 0.1]])
     expected = [[0.8] + [-0.2] * 4, [0.6] * 2 + [-0.4] * 3, [0.0] * 5]
@@ -31,7 +36,7 @@ def test_advantages_without_the_division():
 
 
 def test_groups_without_variance_and_groups_of_one_teach_nothing():
-    assert group_advantages(torch.tensor([[1.0, 1, 1], [0, 0, 0], [0.1, 0.1, 0.1]])).eq(0).all()
+    assert group_advantages(torch.tensor([[1.0, 1, 1], [0, 0, 0], [0.9, 0.9, 0.9]])).eq(0).all()  # .9 is not its own mean in float32
     assert group_advantages(torch.tensor([[1.0], [0.0]])).tolist() == [[0.0], [0.0]]
 
 
