@@ -262,6 +262,21 @@ def test_a_model_whose_output_layer_does_more_is_refused(micro, monkeypatch, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_ofsd_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch):
+    rows, teacher = batch[0], frozen_copy(micro[0])
+    pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2, 4, 7)]
+    assert len({sum(student.loss_mask) for _, _, student, _ in pairs}) > 1
+    results = []
+    for size in (1, 3, 100):
+        model = frozen_copy(micro[0]).requires_grad_(True)
+        spy = Spy(model)
+        stats = ofsd_step(model, teacher, spy, pairs, replace(SMALL, max_grad_norm=1e9, micro_batch=size))
+        results.append((spy.gradient, stats))
+    for gradient, stats in results[1:]:
+        assert (gradient - results[0][0]).norm() < 1e-4 * gradient.norm()
+        assert stats == pytest.approx(results[0][1], rel=1e-4)
+
+
 def test_a_stage_without_supported_edge_says_so_and_is_skipped(tmp_path, monkeypatch, capsys):
     scores = iter([{"em": 0.5, "em_supported": 0.2}, {"em": 0.3, "em_supported": 0.2}])
     monkeypatch.setattr(train_module, "evaluate", lambda *args, **kwargs: next(scores))
