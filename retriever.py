@@ -300,17 +300,17 @@ class BM25:
                 if checksum(folder / file) != wanted:
                     raise ValueError(f"{file} is cut off or changed")
                 setattr(index, name, np.load(folder / file, mmap_mode="r", allow_pickle=False).view(np.ndarray))
+            index.k1, index.b, index.size, index.source = (head[name] for name in ("k1", "b", "size", "source"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{folder} holds no usable index ({error}): build it again") from None
-        index.k1, index.b, index.size, index.source = (head[name] for name in ("k1", "b", "size", "source"))
         known = index.vocabulary_text.tobytes().decode().split("\n")[:-1]
         index._prepare({word: row for row, word in enumerate(known)})
         return index
 
 
-FORMAT = "search-e1 bm25, version 1"
 RUN = 1_000_000  # words that are sorted at once while an index is built
 BLOCK = 512  # passages whose best score is looked at first: shorter rows cost numpy more than they save
+FORMAT = f"search-e1 bm25, version 1, blocks of {BLOCK}"  # saved columns are padded to whole blocks
 
 
 def checksum(path: Path) -> int:

@@ -45,7 +45,8 @@ from transformers import set_seed
 
 from eval import evaluate, exact_match, load_questions, score
 from grpo import (
-    backward_in_chunks, group_advantages, grpo_loss, knows_output_layer, output_layer, policy_hidden, policy_logprobs, token_entropies, token_logprobs,
+    backward_in_chunks, group_advantages, grpo_loss, knows_output_layer, output_layer, policy_hidden, policy_logprobs,
+    token_entropies, token_logprobs,
 )  # fmt: skip
 from ofsd import Adapters, divergences, mine_pair, privileged_prompt, spans
 from retriever import BadInput, Parser, RemoteRetriever, open_index, run_script

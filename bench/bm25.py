@@ -31,6 +31,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np  # noqa: E402
 
+from bench.memory import resident  # noqa: E402
 from eval import load_questions  # noqa: E402
 from retriever import BM25, read_corpus, words  # noqa: E402
 
@@ -57,12 +58,6 @@ def build_rank(passages):
     from rank_bm25 import BM25Okapi
 
     return BM25Okapi([words(f"{p.title} {p.text}") for p in passages], k1=K1, b=B)
-
-
-def resident(name: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (the peak) of this process."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def folder_bytes(folder, without: str = " ") -> int:
@@ -106,7 +101,7 @@ def equality(ours: BM25, peer, questions: list[str]) -> None:
         best = np.sort(expected[expected > 0])[::-1][:K]
         found = ours.search([question], K)[0]
         # Up to ties: at each rank a passage whose score there is that rank's.
-        different += [p.score for p in found] != best.tolist() and not np.allclose([p.score for p in found], best, atol=1e-4, rtol=0)
+        different += len(found) != len(best) or not np.allclose([p.score for p in found], best, atol=1e-4, rtol=0)
     print(f"\n{len(questions)} questions: largest difference of a score to bm25s {worst:.1e}, rankings that differ beyond ties {different}")
 
 

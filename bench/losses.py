@@ -1,17 +1,16 @@
 """Peak memory and time of the losses at a vocabulary of 151,936: plain, in chunks, and TRL's.
 
-    python bench/losses.py                       # 500 and 1,000 positions; two minutes on 2 cores, 10 GB
+    python bench/losses.py                       # 500 and 1,000 positions; some three minutes on 2 cores, 6 GB
     python bench/losses.py --positions 250       # smaller
 
 A hidden state of width --hidden stands for the model; the output layer is a real one. Each row
 is a process of its own: forward and backward of (1) GRPO's log-probabilities, with the entropies
 that are logged, and (2) the forward KL to a teacher. Peak: the largest resident size above that
 before the loss. Time: the median of --repeats runs after one that warms up. plain is the formula
-on the logits of all positions; chunks is what training uses (backward_in_chunks
-of grpo.py). TRL's functions
-(skipped where trl is not installed) are those its trainers call without a fused kernel:
-selective_log_softmax with entropy_from_logits, the full-vocabulary loss of its self-distillation,
-and the chunked divergence of its distillation trainer.
+on the logits of all positions; chunks is what training uses (backward_in_chunks of grpo.py).
+TRL's functions (skipped where trl is not installed) are those its trainers call without a fused
+kernel: selective_log_softmax with entropy_from_logits, the full-vocabulary loss of its
+self-distillation, and the chunked divergence of its distillation trainer.
 """
 
 import argparse
@@ -27,6 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch  # noqa: E402
 
+from bench.memory import resident  # noqa: E402
 from grpo import backward_in_chunks, token_entropies, token_logprobs  # noqa: E402
 from ofsd import divergences  # noqa: E402
 
@@ -97,12 +97,6 @@ WAYS = {
     "GRPO plain": grpo_plain, "GRPO chunks": grpo_chunks, "GRPO TRL": grpo_trl,
     "OFSD plain": ofsd_plain, "OFSD chunks": ofsd_chunks, "OFSD TRL": ofsd_trl, "OFSD TRL chunks": ofsd_trl_chunks,
 }  # fmt: skip
-
-
-def resident(name: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (the peak) of this process."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def measure(name: str, positions: int, width: int, repeats: int) -> dict:

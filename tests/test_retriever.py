@@ -225,7 +225,12 @@ def test_a_foreign_or_changed_head_is_refused(tmp_path):
         (folder / "index.json").write_text(wrong)
         with pytest.raises(BadInput, match="holds no usable index"):
             BM25.load(folder)
-    for wrong in ({"format": "search-e1 bm25, version 99"}, {"files": {}}, {"files": {n: ["../x.npy", 1] for n in BM25.ARRAYS}}):
+    other_block = retriever.FORMAT.replace(str(retriever.BLOCK), "128")  # its columns would not fold into ours
+    without_size = {name: value for name, value in head.items() if name != "size"}
+    write_head(folder, dict(without_size))
+    with pytest.raises(BadInput, match="holds no usable index"):
+        BM25.load(folder)
+    for wrong in ({"format": "search-e1 bm25, version 99"}, {"format": other_block}, {"files": {}}, {"files": {n: ["../x.npy", 1] for n in BM25.ARRAYS}}):
         write_head(folder, head | wrong)
         with pytest.raises(BadInput, match="holds no usable index"):
             BM25.load(folder)
