@@ -43,7 +43,7 @@ import torch
 from tqdm import tqdm
 from transformers import set_seed
 
-from eval import evaluate, exact_match, load_questions, score
+from eval import exact_match, load_questions, score
 from grpo import (
     backward_in_chunks, group_advantages, grpo_loss, knows_output_layer, output_layer, policy_hidden, policy_logprobs,
     token_entropies, token_logprobs,
@@ -318,10 +318,8 @@ def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
     """On fresh samples for the mined questions: EM under the privileged prompt minus EM under
     the standard one, and the same counting only answers a retrieved passage supports."""
     questions = [question for question, *_ in pairs]
-    how = dict(temperature=1.0, **run.sampling())
-    with_reference = evaluate(run.model, run.tokenizer, run.retriever, questions,
-                              prompts=[prompt for *_, prompt in pairs], progress="teacher", **how)  # fmt: skip
-    without = evaluate(run.model, run.tokenizer, run.retriever, questions, progress="student", **how)
+    with_reference = score(questions, run.sample(questions, prompts=[prompt for *_, prompt in pairs], progress="teacher"))
+    without = score(questions, run.sample(questions, progress="student"))
     return {
         "edge": with_reference["em"] - without["em"],
         "edge_supported": with_reference["em_supported"] - without["em_supported"],

@@ -27,6 +27,7 @@ import argparse
 import json
 import random
 import sys
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -339,10 +340,14 @@ def check(name: str) -> dict:
     model, tokenizer = load_model(name)
     index, questions = BM25(load_corpus(HERE / "corpus.jsonl")), load_questions(str(HERE / "test.jsonl"))
     set_seed(0)
-    run = SimpleNamespace(config=Config(), model=model, tokenizer=tokenizer, retriever=index, sampling=dict)
+
+    def sample(questions: list[dict], **how) -> list[Trajectory]:
+        return rollout(model, tokenizer, index, [q["question"] for q in questions], **how)
+
+    run = SimpleNamespace(config=Config(), model=model, tokenizer=tokenizer, sample=sample)
     size = run.config.group_size
     greedy = evaluate(model, tokenizer, index, questions, progress="greedy")
-    pool = rollout(model, tokenizer, index, [q["question"] for q in questions], group_size=size, progress="sampled")
+    pool = sample(questions, group_size=size, progress="sampled")
     golds = [q["golden_answers"] for q in questions for _ in range(size)]
     sampled = [exact_match(t.answer, gold) for t, gold in zip(pool, golds)]
     pairs, counts = mine(run, questions, pool)
@@ -372,25 +377,36 @@ def main() -> None:
     world = World(rng, pools, held_out=HELD_OUT)
     write_jsonl(out / "corpus.jsonl", ({"id": p.id, "title": p.title, "text": p.text} for p in world.corpus))
 
-    seen_texts, asked_chains, all_texts = set(), set(), [passage.text for passage in world.corpus]
-    def questions(name: str, count: int, parts: list[int]) -> None:  # no text and no chain occurs twice
+    seen_texts, asked_chains = set(), set()
+
+    def questions(
+        rng: random.Random, name: str, count: int, parts: list[int], shares: dict[int, int], goes_on: float = 1.0
+    ) -> list[str]:
+        """Write a set in which hops stand in these shares; no text and no chain occurs twice, in any set.
+        goes_on: at most so likely is the clumsy agent not to stop early."""
         rows = []
         for part in parts:
-            for hops, share in ((1, 2), (2, 3), (3, 4)):
-                wanted = len(rows) + round(count / len(parts) * share / 9)
+            for hops, share in shares.items():
+                wanted = len(rows) + round(count / len(parts) * share / sum(shares.values()))
                 while len(rows) < wanted:
                     made = world.question(rng, hops, part)
+                    if made and prod(1 - EARLY[relation] for relation in made["chain"][:-1]) > goes_on:
+                        continue
                     if made and made["question"] not in seen_texts and (key := (made["path"][0], *made["chain"])) not in asked_chains:
                         seen_texts.add(made["question"])
                         asked_chains.add(key)
                         rows.append({**made, "held_out": bool(part)})
         rng.shuffle(rows)
-        all_texts.extend(row["question"] for row in rows)
         write_jsonl(out / f"{name}.jsonl", ({"id": f"{name}-{i}", **row} for i, row in enumerate(rows)))
+        return [row["question"] for row in rows]
 
-    questions("train", 1080, [0])
-    questions("validation", 270, [0])
-    questions("test", 540, [0, 1])
+    all_texts = [passage.text for passage in world.corpus]
+    for name, count, parts in (("train", 1080, [0]), ("validation", 270, [0]), ("test", 540, [0, 1])):
+        all_texts += questions(rng, name, count, parts, {1: 2, 2: 3, 3: 4})
+    # For results/evidence.py: the agent seldom goes on after either of the first two links. They come last,
+    # and from random states of their own: the others stay as they were.
+    for name, count, parts in (("evidence-train", 480, [0]), ("evidence-validation", 360, [0]), ("evidence-test", 540, [0, 1])):
+        questions(random.Random(f"{args.seed}, {name}"), name, count, parts, {3: 1}, goes_on=0.1)
     if args.data_only:
         return
 

@@ -16,14 +16,22 @@ from retriever import load_corpus  # noqa: E402
 
 @pytest.fixture(scope="module")
 def sets():
-    return {name: load_questions(str(MICRO / f"{name}.jsonl")) for name in ("train", "validation", "test")}
+    names = "train", "validation", "test", "evidence-train", "evidence-validation", "evidence-test"
+    return {name: load_questions(str(MICRO / f"{name}.jsonl")) for name in names}
 
 
 def test_sizes_and_hops(sets):
     assert len(load_corpus(MICRO / "corpus.jsonl")) > 1000
     assert len(sets["test"]) >= 400 and len(sets["validation"]) >= 200
-    for questions in sets.values():
-        assert {question["hops"] for question in questions} == {1, 2, 3}
+    for name, questions in sets.items():
+        assert {question["hops"] for question in questions} == ({3} if name.startswith("evidence") else {1, 2, 3})
+
+
+def test_the_agent_seldom_answers_the_questions_of_the_evidence(sets):
+    """Two links have to be followed, and after each it goes on with the probability 1 - EARLY."""
+    for name in ("evidence-train", "evidence-validation", "evidence-test"):
+        for first, second, _ in (row["chain"] for row in sets[name]):
+            assert (1 - make.EARLY[first]) * (1 - make.EARLY[second]) <= 0.1
 
 
 def test_no_question_occurs_twice_in_text_or_in_substance(sets):
@@ -33,10 +41,11 @@ def test_no_question_occurs_twice_in_text_or_in_substance(sets):
 
 
 def test_half_of_the_test_questions_are_about_entities_no_other_question_mentions(sets):
-    held = [row for row in sets["test"] if row["held_out"]]
-    assert len(held) * 2 == len(sets["test"])
-    known = {name for part in ("train", "validation") for row in sets[part] for name in row["path"]}
-    assert not known & {name for row in held for name in row["path"]}
+    known = {name for part, questions in sets.items() if not part.endswith("test") for row in questions for name in row["path"]}
+    for part in ("test", "evidence-test"):
+        held = [row for row in sets[part] if row["held_out"]]
+        assert len(held) * 2 == len(sets[part])
+        assert not known & {name for row in held for name in row["path"]}
 
 
 def test_every_answer_can_be_found_by_following_the_passages(sets):
@@ -59,8 +68,10 @@ def test_names_are_shared_so_that_half_a_name_finds_strangers(micro_index, sets)
 
 def test_the_committed_data_is_what_the_script_makes(tmp_path, command):
     assert command("micro/make.py", "--data-only", "--out", tmp_path).returncode == 0
-    for name in ("corpus", "train", "validation", "test"):
-        assert (tmp_path / f"{name}.jsonl").read_text() == (MICRO / f"{name}.jsonl").read_text()
+    names = sorted(path.name for path in MICRO.glob("*.jsonl"))
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names and len(names) == 7
+    for name in names:
+        assert (tmp_path / name).read_text() == (MICRO / name).read_text()
 
 
 def test_the_model_is_small_and_knows_no_fact(micro, sets):

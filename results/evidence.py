@@ -1,0 +1,377 @@
+"""Evidence: does distillation between stages of GRPO pay, at equal cost, and why?
+
+    python results/evidence.py tune                  # the trials of every arm, on validation questions
+    python results/evidence.py loop                  # the arms from the base model, on test questions
+    python results/evidence.py converge              # a policy that GRPO improves no more
+    python results/evidence.py tune-plateau          # trials from there, on validation questions
+    python results/evidence.py plateau               # the arms from there, on test questions
+    python results/evidence.py ablations             # one stage of OFSD, changed in one thing at a time
+    python results/evidence.py loop --worker 1/2     # of two processes, this is the first (OMP_NUM_THREADS=1)
+    python results/tables.py                         # tables and figures from the files that these leave
+
+Stop it and start it again at will: a finished run is a file results/evidence/PART/ARM-SEED.jsonl and is
+not run again; an unfinished one is a folder in runs/evidence/ and begins anew.
+
+Cost is the number of tokens processed, forward 1, forward and backward 3:
+
+    sampling           1 a token of a response (observations are read, so they count), of a prompt once a group
+    GRPO               3 a token of prompt and response of each trajectory in a group with variance; the
+                       other groups need no pass
+    OFSD               the pool and the teacher's edge are sampling; then, each time a pair is seen, 3 a token
+                       of the standard prompt and the student's response, 1 a token of the privileged prompt
+                       and that response
+    fine-tuning (rft)  the pool is sampling; 3 a token of the standard prompt and the reference
+
+Evaluation and statistics (KL to the start, KL by kind of token) cost nothing here, in any arm. Within a
+budget both learning rates fall: GRPO's in a line over the budget, an offline stage's over the stage.
+"""
+
+import argparse
+import copy
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from arms import ABLATED, ABLATIONS, ARMS, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, WORLD, Arm
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from eval import exact_match, score, supported  # noqa: E402
+from grpo import backward_in_chunks, chunks, output_layer, policy_hidden, token_logprobs  # noqa: E402
+from ofsd import divergences, privileged_prompt, query_mask, spans  # noqa: E402
+from retriever import run_script  # noqa: E402
+from rollout import autocast, decode  # noqa: E402
+from train import (  # noqa: E402
+    Config, Run, frozen_copy, grpo_step, micro_batches, mine, ofsd_step, policy_tokens, teacher_edge, update,
+)  # fmt: skip
+
+# ---------------------------------------------------------------- a run whose cost is counted
+
+
+class Counted(Run):
+    """train.py's Run with a counter, and a split of the questions that no other run reads."""
+
+    def __init__(self, arm: Arm, name: str, seed: int, split: str):
+        settings = {k: v for k, v in vars(arm).items() if k not in ("stages", "students", "budget", "falls")}
+        questions = f"micro/evidence-{split}.jsonl"
+        folder = Path("runs/evidence") / name
+        shutil.rmtree(folder, ignore_errors=True)
+        super().__init__(Config(**WORLD, **settings, seed=seed, eval_questions=questions, out=str(folder)))
+        self.arm, self.name, self.cost, self.waiting = arm, name, 0, []
+        self.next_test, self.tested_at, self.idle_s = arm.budget / 10, -1, 0.0
+        self.log("run", "", arm=vars(arm), seed=seed, split=split)
+
+    def sample(self, questions: list[dict], **how):
+        trajectories = super().sample(questions, **how)
+        responses = sum(len(t.response_ids) for t in trajectories)
+        self.cost += responses + sum(len(t.prompt_ids) for t in trajectories[:: how.get("group_size", 1)])
+        return trajectories
+
+    def log(self, kind: str, stage: str, **metrics) -> None:
+        def short(value):
+            if isinstance(value, dict):
+                return {key: short(part) for key, part in value.items()}
+            return float(f"{value:.5g}") if isinstance(value, float) else value
+
+        work_s = round(time.time() - self.began - self.idle_s, 1)
+        super().log(kind, stage, cost=self.cost, **short(metrics), work_s=work_s)
+
+    def test(self, stage: str) -> None:
+        """Greedy, without cost, and without a trace in the random state. leak: the share of
+        questions with an answer that no passage retrieved for them contains."""
+        cost, began, state = self.cost, time.time(), torch.get_rng_state()
+        if cost != self.tested_at:
+            trajectories = self.sample(self.test_set, temperature=0.0)
+            self.metrics = score(self.test_set, trajectories)
+            self.metrics["leak"] = sum(t.answer is not None and not supported(t) for t in trajectories) / len(trajectories)
+            self.cost = self.tested_at = cost
+            torch.set_rng_state(state)
+        self.idle_s += time.time() - began
+        self.log("eval", stage, **self.metrics)
+
+    def finish(self) -> None:
+        target = HERE / "evidence" / f"{self.name}.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(self.folder / "metrics.jsonl", target.with_suffix(".part"))
+        os.replace(target.with_suffix(".part"), target)
+
+
+def tokens(trajectories) -> int:
+    return sum(len(t.prompt_ids) + len(t.response_ids) for t in trajectories)
+
+
+def run_arm(name: str, arm: Arm, seed: int, split: str) -> Counted:
+    run, stages, number = Counted(arm, name, seed, split), arm.stages.split(", "), 0
+    run.test("base")
+    while run.cost < arm.budget:
+        kind, _, count = stages[min(number, len(stages) - 1)].partition(" ")
+        number += 1
+        if kind == "grpo":
+            grpo(run, f"grpo-{number}", int(count) if count else None)
+        else:
+            offline(run, kind, f"{kind}-{number}")
+    run.test(f"{kind}-{number}")
+    run.finish()
+    return run
+
+
+# ---------------------------------------------------------------- GRPO
+
+
+def grpo(run: Counted, stage: str, steps: int | None) -> None:
+    """So many steps, or until the budget is spent."""
+    config, size, step = run.config, run.config.group_size, 0
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.grpo_lr, weight_decay=0.0)
+    while run.cost < run.arm.budget and step != steps:
+        step += 1
+        optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - run.arm.falls * run.cost / run.arm.budget)
+        while len(run.waiting) < config.questions_per_step:
+            run.waiting += run.rng.sample(run.train_set, len(run.train_set))
+        questions, run.waiting = run.waiting[: config.questions_per_step], run.waiting[config.questions_per_step :]
+        trajectories = run.sample(questions, group_size=size)
+        rewards = torch.tensor(rewards_of(questions, trajectories, size)).view(-1, size)  # (Q, G)
+        stats = grpo_step(run.model, run.start, optimizer, trajectories, rewards, config)
+        varied = (rewards != rewards[:, :1]).any(dim=1).tolist()
+        run.cost += 3 * tokens(t for i, t in enumerate(trajectories) if varied[i // size])
+        stats |= {"reward": rewards.mean().item(), "zero_var": 1 - sum(varied) / len(varied)}
+        run.log("step", stage, step=step, **stats, searches=sum(len(t.queries) for t in trajectories) / len(trajectories))
+        if run.cost >= run.next_test:
+            run.test(stage)
+            run.next_test += run.arm.budget / 10
+
+
+def rewards_of(questions: list[dict], trajectories: list, size: int) -> list[float]:
+    return [exact_match(t.answer, questions[i // size]["golden_answers"]) for i, t in enumerate(trajectories)]
+
+
+# ---------------------------------------------------------------- the offline stages
+
+
+def offline(run: Counted, kind: str, stage: str) -> None:
+    """One stage of ofsd, or of rft in its place: pool, mine, train. What the policy scored
+    before holds until training begins, so the pool's cost stands in the curve as a flat piece."""
+    config, size = run.config, run.config.group_size
+    run.test(f"before {stage}")
+    questions = run.rng.sample(run.train_set, config.ofsd_questions)
+    pool = run.sample(questions, group_size=size)
+    if kind == "rft":
+        data = references(questions, pool, size)
+        run.log("mining", stage, pairs=len(data))
+    else:
+        data, counts = mine_more(run, questions, pool)
+        edge = teacher_edge(run, one_each(data)) if data else {}
+        skipped = not data or edge["edge_supported"] <= 0
+        run.log("mining", stage, **counts, **edge, skipped=skipped)
+        if skipped:
+            return
+    run.log("eval", f"pool {stage}", **run.metrics)
+    before = None if kind == "rft" else kl_by_kind(run.model, run.model, data, run.tokenizer)
+    teacher = frozen_copy(run.model)
+    distil(run, kind, stage, data, teacher)
+    if before:
+        run.log("kinds", stage, before=before, after=kl_by_kind(run.model, teacher, data, run.tokenizer))
+    run.test(stage)
+
+
+def distil(run: Counted, kind: str, stage: str, data: list, teacher) -> None:
+    config = run.config
+    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.ofsd_lr, weight_decay=0.0)
+    shuffled = [run.rng.sample(data, len(data)) for _ in range(config.ofsd_epochs)]
+    batches = [epoch[i : i + config.ofsd_batch] for epoch in shuffled for i in range(0, len(epoch), config.ofsd_batch)]
+    for number, batch in enumerate(batches):
+        if number and number % (len(batches) // config.ofsd_epochs) == 0:  # a pass is over
+            run.test(stage)
+        optimizer.param_groups[0]["lr"] = config.ofsd_lr * (1 - number / len(batches))
+        if kind == "rft":
+            stats = rft_step(run.model, optimizer, batch, config)
+            run.cost += 3 * tokens(batch)
+        else:
+            stats = ofsd_step(run.model, teacher, optimizer, batch, config)
+            run.cost += sum(3 * tokens([student]) + len(prompt) + len(student.response_ids) for _, _, student, prompt in batch)
+        run.log("step", stage, step=number + 1, **stats)
+
+
+def references(questions: list[dict], pool: list, size: int) -> list:
+    """What rft learns: the correct trajectory with the fewest searches of each question that has one."""
+    rewards = rewards_of(questions, pool, size)
+    found = []
+    for i in range(0, len(pool), size):
+        correct = [t for t, reward in zip(pool[i : i + size], rewards[i : i + size]) if reward]
+        found += [min(correct, key=lambda t: len(t.queries))] if correct else []
+    return found
+
+
+def rft_step(model, optimizer, batch: list, config: Config) -> dict:
+    """Cross-entropy on the policy's tokens of references, under the standard prompt."""
+    num_tokens, total = sum(sum(t.loss_mask) for t in batch), 0.0
+    for group in micro_batches(batch, config.micro_batch, lambda t: len(t.response_ids)):
+        texts = [t.prompt_ids for t in group], [t.response_ids for t in group], [t.loss_mask for t in group]
+        ids = policy_tokens(group, "response_ids", model.device)  # (N,)
+        with autocast(model.device):
+            hidden = policy_hidden(model, *texts)  # (N, H)
+            total += backward_in_chunks(model, lambda logits, ids: -token_logprobs(logits, ids).sum() / num_tokens, hidden, ids)
+    return {"loss": total, "grad_norm": update(optimizer, config.max_grad_norm)}
+
+
+def mine_more(run: Counted, questions: list[dict], pool: list) -> tuple[list[tuple], dict]:
+    """mine() again and again, each time without the students it has found: arm.students pairs a question."""
+    pairs, counts = mine(run, questions, pool)
+    for _ in range(run.arm.students - 1):
+        used = {id(student) for _, _, student, _ in pairs}
+        reference = {question["id"]: reference for question, reference, *_ in pairs}
+        # A student that was used stands in for nothing: the group's reference takes its place.
+        left = [reference[questions[i // run.config.group_size]["id"]] if id(t) in used else t for i, t in enumerate(pool)]
+        pairs += mine(run, questions, left)[0]
+    return pairs, counts | {"pairs": len(pairs)}
+
+
+def one_each(pairs: list[tuple]) -> list[tuple]:
+    """The first pair of each question."""
+    return list({pair[0]["id"]: pair for pair in reversed(pairs)}.values())
+
+
+# ---------------------------------------------------------------- the mechanism
+
+
+def token_kinds(tokenizer, trajectory) -> list[str]:
+    """think, search, answer or tag for each of the policy's tokens, by the last tag opened before it."""
+    kinds = []
+    for sampled, ids in spans(trajectory):
+        for i, token in enumerate(ids if sampled else []):
+            opened = re.findall(r"<(/?)(think|search|answer)>", decode(tokenizer, ids[:i]))
+            inside = opened[-1][1] if opened and not opened[-1][0] else "tag"
+            kinds.append("tag" if "<" in decode(tokenizer, [token]) else inside)
+    return kinds
+
+
+@torch.no_grad()
+def kl_by_kind(model, teacher, pairs: list[tuple], tokenizer) -> dict[str, float]:
+    """Mean forward KL from teacher to student on the students' tokens, by kind of token, in nats."""
+    sums, counts = defaultdict(float), defaultdict(int)
+    for group in micro_batches(pairs, 20, lambda pair: len(pair[2].response_ids)):
+        students = [student for _, _, student, _ in group]
+        texts = [t.response_ids for t in students], [t.loss_mask for t in students]
+        hidden = policy_hidden(model, [t.prompt_ids for t in students], *texts)  # (N, H)
+        taught = policy_hidden(teacher, [prompt for *_, prompt in group], *texts)  # (N, H)
+        values = [divergences(output_layer(model)(h), output_layer(teacher)(t)) for h, t in chunks(model, hidden, taught)]
+        kinds = [kind for t in students for kind in token_kinds(tokenizer, t)]
+        for kind, value in zip(kinds, torch.cat(values).tolist(), strict=True):
+            sums[kind] += value
+            counts[kind] += 1
+    return {kind: sums[kind] / counts[kind] for kind in sorted(sums)}
+
+
+# ---------------------------------------------------------------- ablations
+
+
+def ablations(name: str, seed: int, split: str) -> None:
+    run = Counted(ABLATED, name, seed, split)
+    grpo(run, "grpo-1", 5)
+    run.test("grpo-1")
+    questions = run.rng.sample(run.train_set, run.config.ofsd_questions)
+    pool = run.sample(questions, group_size=run.config.group_size)
+    config, cost, model = run.config, run.cost, run.model
+    for variant, change in ABLATIONS.items():
+        run.model, run.cost, run.rng = copy.deepcopy(model), cost, random.Random(seed)
+        kind, run.arm = change.get("kind", "ofsd"), replace(ABLATED, students=change.get("students", 1))
+        run.config = replace(config, **{name: value for name, value in change.items() if hasattr(config, name)})
+        if kind == "rft":
+            data = references(questions, pool, run.config.group_size)
+            run.log("mining", variant, pairs=len(data))
+        else:
+            data, counts = mine_more(run, questions, altered(run, questions, pool, change))
+            data = [pair for pair in (conditioned(run, pair, change, data) for pair in data) if pair[3] and any(pair[2].loss_mask)]
+            run.log("mining", variant, **counts, **teacher_edge(run, one_each(data)))
+        distil(run, kind, variant, data, model)
+        run.test(variant)
+    run.finish()
+
+
+def altered(run: Counted, questions: list[dict], pool: list, change: dict) -> list:
+    """The pool in which mine_pair finds a random reference, or a random student: those that it is
+    not to choose from are replaced by the one that was drawn."""
+    size, result = run.config.group_size, list(pool)
+    rewards = rewards_of(questions, pool, size)
+    for i in range(0, len(pool), size):
+        group = range(i, i + size)
+        correct = [j for j in group if rewards[j]]
+        if correct and change.get("reference") == "random":
+            drawn = run.rng.choice(correct)
+            for j in correct:
+                result[j] = pool[drawn]
+        if correct and change.get("student") == "random":
+            first = min(correct, key=lambda j: len(pool[j].queries))
+            drawn = run.rng.choice([j for j in group if j != first])
+            for j in group:
+                result[j] = pool[first] if j == first else pool[drawn]
+    return result
+
+
+def conditioned(run: Counted, pair: tuple, change: dict, pairs: list[tuple]) -> tuple:
+    """A pair whose prompt shows another question's reference, or less of its own; or whose mask is narrower."""
+    question, reference, student, prompt = pair
+    room = run.config.max_reference_tokens
+    if change.get("reference") == "shuffled":
+        others = [other for other in pairs if other[0]["id"] != question["id"]]
+        prompt = privileged_prompt(run.tokenizer, question["question"], run.rng.choice(others)[1], room)
+    if change.get("reads") == "queries":
+        prompt = privileged_prompt(run.tokenizer, question["question"], reference, room, reads="queries")
+    if change.get("tokens") == "queries":
+        student = replace(student, loss_mask=query_mask(run.tokenizer, student))
+    return question, reference, student, prompt
+
+
+# ---------------------------------------------------------------- the plan
+
+def converge(name: str, seed: int) -> None:
+    run = run_arm(name, CONVERGE, seed, "validation")
+    run.model.save_pretrained(CONVERGED)
+    run.tokenizer.save_pretrained(CONVERGED)
+
+
+def trials(part: str, arms: dict, seed: int) -> list[tuple]:
+    named = [[(f"{part}/{kind}-{name}", arm) for name, arm in trials.items()] for kind, trials in arms.items()]
+    return [(run_arm, name, arm, seed, "validation") for row in zip(*named, strict=True) for name, arm in row]
+
+
+def final(part: str, arms: dict, seeds) -> list[tuple]:
+    return [(run_arm, f"{part}/{kind}-{seed}", arm, seed, "test") for seed in seeds for kind, arm in arms.items()]
+
+
+# (function, name of the result, further arguments), in the order of the runs
+PARTS = {
+    "tune": trials("tune", TRIALS, 100),
+    "loop": final("loop", ARMS, range(10, 18)),
+    "converge": [(converge, "converge", 101)],
+    "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 102),
+    "plateau": final("plateau", PLATEAU, range(20, 25)),
+    "ablations": [(ablations, f"ablations/{seed}", seed, "validation") for seed in range(200, 203)],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--worker", default="1/1", help="I/N: of N processes, this is the I-th")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    worker, workers = map(int, args.worker.split("/"))
+    for number, (function, name, *arguments) in enumerate(PARTS[args.part]):
+        if number % workers == worker - 1 and not (HERE / "evidence" / f"{name}.jsonl").exists():
+            print(name, time.strftime("%H:%M:%S"), flush=True)
+            function(name, *arguments)
+
+
+if __name__ == "__main__":
+    run_script(main)
