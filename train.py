@@ -26,9 +26,6 @@ Deviations from the paper
        that is no better, or that only copies the reference's answer, does harm.
     3. GRPO's learning rate falls over the run (the paper states no schedule): at a constant one the
        teacher's supported edge before the second distillation was -.08 to +.07 on validation.
-    4. kl, entropy, clip_frac and the gap are over the groups with variance: the others need no
-       forward pass. Where no group has any, the first micro-batch stands in. With kl_coef 0, kl
-       is of a quarter of the micro-batches: the start policy's pass is a fourth of an update.
 """
 
 import copy
@@ -44,10 +41,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from eval import exact_match, load_questions, score
-from grpo import (
-    backward_in_chunks, group_advantages, grpo_loss, knows_output_layer, output_layer, policy_hidden, policy_logprobs,
-    token_entropies, token_logprobs,
-)  # fmt: skip
+from grpo import backward_in_chunks, grpo_step, knows_output_layer, micro_batches, output_layer, policy_hidden, update
 from ofsd import Adapters, divergences, mine_pair, privileged_prompt, spans
 from retriever import BadInput, Parser, RemoteRetriever, open_index, run_script
 from rollout import Trajectory, autocast, context_length, decode, load_model, rollout
@@ -183,76 +177,7 @@ def frozen_copy(model):
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def policy_tokens(trajectories: list[Trajectory], name: str, device) -> torch.Tensor:
-    """One of a trajectory's lists where its loss_mask is 1, trajectory after trajectory: (N,)."""
-    return torch.tensor([x for t in trajectories for x, m in zip(getattr(t, name), t.loss_mask) if m], device=device)
-
-
-def micro_batches(items: list, size: int, length) -> list[list]:
-    """Groups of similar length: little padding. The gradient does not depend on the grouping."""
-    items = sorted(items, key=length)
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def update(optimizer, max_norm: float) -> float:
-    """Clip, step, clear; the gradient's norm before it was clipped."""
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm).item()
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
 # ---------------------------------------------------------------- GRPO
-
-
-def grpo_step(model, start, optimizer, trajectories: list[Trajectory], rewards: torch.Tensor, config: Config) -> dict:
-    """One batch of rollouts, question-major, and its rewards (Q, G): config.updates updates."""
-    advantages = group_advantages(rewards).flatten().tolist()  # (Q * G,)
-    num_tokens = sum(sum(t.loss_mask) for t in trajectories)
-    # Without variance there is no gradient, and the forward pass may be skipped; not all of
-    # them, though, since the statistics are what tells a collapse.
-    written = [pair for pair in zip(trajectories, advantages) if pair[0].response_ids]  # a prompt too long gets no answer
-    batch = [pair for pair in written if pair[1] or config.kl_coef] or written[: config.micro_batch]
-    seen = sum(sum(t.loss_mask) for t, _ in batch)  # policy tokens with a forward pass
-    stats = dict.fromkeys(("loss", "kl", "clip_frac", "entropy", "grad_norm", "logprob_gap"), 0.0)
-    groups = micro_batches(batch, config.micro_batch, lambda pair: len(pair[0].response_ids))
-    # The start policy's forward pass: once for all updates, and where nothing but a statistic
-    # depends on it, for every fourth micro-batch only (they are sorted by length).
-    every = 1 if config.kl_coef else 4
-    measured = range(len(groups) // 2 % every, len(groups), every)
-    measured_tokens = sum(sum(t.loss_mask) for i in measured for t, _ in groups[i])
-    refs: dict[int, torch.Tensor] = {}
-
-    def loss(logits, ids, old, advantage, *ref):
-        """Of n of the policy's tokens, (n, V) and (n,) each, as n sequences of one; it also keeps the statistics."""
-        logprobs = token_logprobs(logits, ids)[:, None]  # (n, 1)
-        value, part = grpo_loss(
-            logprobs, old[:, None], advantage, torch.ones_like(logprobs), clip_eps=config.clip_eps,
-            ref_logprobs=ref[0][:, None] if ref else None, kl_coef=config.kl_coef, num_tokens=num_tokens,
-        )  # fmt: skip
-        stats["entropy"] += token_entropies(logits).sum().item() / seen / config.updates
-        stats["clip_frac"] += part["clip_frac"] * len(ids) / seen / config.updates
-        if ref:
-            stats["kl"] += part["kl"] * len(ids) / measured_tokens / config.updates
-        if number == 0:  # before any update: the two must agree
-            stats["logprob_gap"] = max(stats["logprob_gap"], part["gap"])
-        return value
-
-    for number in range(config.updates):
-        for i, group in enumerate(tqdm(groups, desc="update", disable=None, leave=False)):
-            rows = [t for t, _ in group]
-            texts = [t.prompt_ids for t in rows], [t.response_ids for t in rows], [t.loss_mask for t in rows]
-            ids, old = policy_tokens(rows, "response_ids", model.device), policy_tokens(rows, "logprobs", model.device)  # (N,)
-            advantage = torch.tensor([a for t, a in group for _ in range(sum(t.loss_mask))], device=model.device)  # (N,)
-            with autocast(model.device):
-                if number == 0 and i in measured:
-                    with torch.no_grad():
-                        refs[i] = policy_logprobs(start, policy_hidden(start, *texts), ids)  # (N,)
-                hidden = policy_hidden(model, *texts)  # (N, H)
-                ref = [refs[i]] if i in refs else []
-                stats["loss"] += backward_in_chunks(model, loss, hidden, ids, old, advantage, *ref) / config.updates
-        stats["grad_norm"] += update(optimizer, config.max_grad_norm) / config.updates
-    return stats
 
 
 COLUMNS = "reward zero_var kl clip_frac entropy grad_norm length searches no_answer repeats logprob_gap".split()

@@ -47,13 +47,13 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import exact_match, score, supported  # noqa: E402
-from grpo import backward_in_chunks, chunks, output_layer, policy_hidden, token_logprobs  # noqa: E402
+from grpo import (  # noqa: E402
+    backward_in_chunks, chunks, grpo_step, micro_batches, output_layer, policy_hidden, policy_tokens, token_logprobs, update,
+)  # fmt: skip
 from ofsd import divergences, privileged_prompt, query_mask, spans  # noqa: E402
 from retriever import run_script  # noqa: E402
 from rollout import autocast, decode  # noqa: E402
-from train import (  # noqa: E402
-    Config, Run, frozen_copy, grpo_step, micro_batches, mine, ofsd_step, policy_tokens, teacher_edge, update,
-)  # fmt: skip
+from train import Config, Run, frozen_copy, mine, ofsd_step, teacher_edge  # noqa: E402
 
 # ---------------------------------------------------------------- a run whose cost is counted
 

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train as train_module
-from grpo import group_advantages, knows_output_layer
+from grpo import group_advantages, grpo_step, knows_output_layer
 from ofsd import mine_pair, privileged_prompt, spans
 from retriever import BadInput
 from rollout import load_model, response_logits, rollout
-from train import Config, frozen_copy, grpo_step, ofsd_step, train
+from train import Config, frozen_copy, ofsd_step, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
 SMALL = Config(
