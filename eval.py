@@ -20,15 +20,17 @@ Deviations from the paper
 import json
 import re
 import string
+import subprocess
 import sys
 from collections import Counter
+from math import sqrt
 from pathlib import Path
 from statistics import mean
 
 from datasets import load_dataset
 
 from retriever import BadInput, Parser, RemoteRetriever, at_least, open_index, read_jsonl, run_script
-from rollout import Trajectory, load_model, rollout
+from rollout import Trajectory, load_model, rollout, standard_prompt
 
 
 def normalize_answer(text: str) -> str:
@@ -130,24 +132,125 @@ def evaluate(model, tokenizer, retriever, questions: list[dict], *, temperature:
     return score(questions, rollout(model, tokenizer, retriever, asked, temperature=temperature, **sampling))
 
 
+# ---------------------------------------------------------------- the seven benchmarks
+
+# The sets of the paper, the split that Search-R1 tests on (test, else dev), under FlashRAG's names.
+BENCHMARKS = {
+    "nq": "test", "triviaqa": "test", "popqa": "test",
+    "hotpotqa": "dev", "2wikimultihopqa": "dev", "musique": "dev", "bamboogle": "test",
+}  # fmt: skip
+SINGLE_HOP = ("nq", "triviaqa", "popqa")
+# EM as published, Qwen2.5-3B, in the order of BENCHMARKS. Search-E1's row is put together from the gains it reports.
+PUBLISHED = {
+    "Search-R1 GRPO (instruct)": (0.397, 0.565, 0.391, 0.331, 0.310, 0.124, 0.232),
+    "AutoRefine (base)": (0.467, 0.620, 0.450, 0.405, 0.393, 0.157, 0.344),
+    "GiGPO (instruct)": (0.420, 0.595, 0.424, 0.369, 0.370, 0.126, 0.641),
+    "Search-E1": (0.474, 0.626, 0.461, 0.427, 0.436, 0.193, 0.464),
+}
+
+
+def interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of n; it stays within 0 and 1.
+
+    >>> [round(x, 3) for x in interval(0.464, 125)]
+    [0.379, 0.551]
+    """
+    z2 = 1.96**2
+    centre, half = share + z2 / (2 * n), 1.96 * sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+
+
+def averages(ems: dict[str, float]) -> dict[str, float]:
+    """Means over sets, each set counting once, as the paper takes them; of the sets that are there."""
+    parts = {"single-hop": SINGLE_HOP, "multi-hop": [name for name in BENCHMARKS if name not in SINGLE_HOP], "average": BENCHMARKS}
+    return {part: mean(ems[name] for name in names if name in ems) for part, names in parts.items() if {*names} & {*ems}}
+
+
+def in_folder(folder: str, name: str) -> str:
+    """folder/name.jsonl, or .gz if that is there."""
+    plain, packed = Path(folder) / f"{name}.jsonl", Path(folder) / f"{name}.jsonl.gz"
+    return str(packed if packed.is_file() and not plain.is_file() else plain)
+
+
+def find_set(name: str, data: str | None, corpus: str | None) -> tuple[str, str | None]:
+    """(questions, corpus) of a benchmark: from a folder as load_questions and open_index take them,
+    else FlashRAG's questions from the hub. corpus, where given, is every set's."""
+    if data is None:
+        return f"RUC-NLPIR/FlashRAG_datasets:{name}:{BENCHMARKS[name]}", corpus
+    return in_folder(f"{data}/{name}", "questions"), corpus or in_folder(f"{data}/{name}", "corpus")
+
+
+def print_table(results: dict[str, dict], published: bool) -> None:
+    """A line a set, then the averages; published: the rows of others below, EM only."""
+    print(f"{'set':18}{'EM':>7}{'95 %':>15}{'F1':>7}{'searches':>10}{'answered':>10}{'n':>7}")
+    for name, row in results.items():
+        low, high = row["em_interval"]
+        print(f"{name:18}{row['em']:7.3f}{f'{low:.3f}-{high:.3f}':>15}{row['f1']:7.3f}"
+              f"{row['searches']:10.2f}{row['answered']:10.3f}{row['n']:7d}")  # fmt: skip
+    ems = {name: row["em"] for name, row in results.items() if name in BENCHMARKS}
+    for part, value in averages(ems).items():
+        print(f"{part:18}{value:7.3f}")
+    if published:
+        print(f"\n{'EM as published, Qwen2.5-3B':28}" + "".join(f"{name[:10]:>11}" for name in BENCHMARKS) + f"{'average':>9}")
+        for name, row in PUBLISHED.items():
+            print(f"{name:28}" + "".join(f"{em:11.3f}" for em in row) + f"{mean(row):9.3f}")
+
+
+def commit() -> str:
+    """The commit of this code, with a + where files differ from it; empty outside a repository."""
+    how = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], **how).stdout.strip()
+        return found + "+" * bool(found and subprocess.run(["git", "diff", "--quiet", "HEAD"], **how).returncode)
+    except OSError:
+        return ""  # no git
+
+
 def main() -> None:
     parser = Parser(description="Evaluate a model with its searches, greedily.")
     parser.add_argument("--model", required=True, help="a model folder or hub name")
-    parser.add_argument("--questions", required=True, help="JSON lines, plain or .gz, or hub/dataset:config:split")
-    where = parser.add_mutually_exclusive_group(required=True)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--questions", help="JSON lines, plain or .gz, or hub/dataset:config:split")
+    asked.add_argument("--benchmarks", help=f"all, or some of {','.join(BENCHMARKS)}")
+    parser.add_argument("--data", help="folder with SET/questions.jsonl[.gz] and SET/corpus.jsonl[.gz] for --benchmarks (default: the hub)")
+    where = parser.add_mutually_exclusive_group()
     where.add_argument("--corpus", help="JSON lines of passages, plain or .gz; CORPUS.bm25 is their saved index, if it is newer")
     where.add_argument("--retriever-url", help="a server that speaks Search-R1's protocol, in place of a corpus")
-    parser.add_argument("--limit", type=at_least(1), help="only the first so many questions")
+    parser.add_argument("--limit", type=at_least(1), help="only the first so many questions of a set")
     parser.add_argument("--k", type=at_least(1), default=3, help="passages a search")
     parser.add_argument("--max-searches", type=at_least(0), default=4, help="searches a question")
+    parser.add_argument("--published", action="store_true", help="print the published results beside them")
+    parser.add_argument("--out", help="write the results, and what they were made with, to this JSON file")
     args = parser.parse_args(sys.argv[1:] or ["--help"])
-    questions = load_questions(args.questions)[: args.limit]
-    retriever = RemoteRetriever(args.retriever_url) if args.retriever_url else open_index(args.corpus)
+    names = list(BENCHMARKS) if args.benchmarks == "all" else (args.benchmarks or "").split(",")
+    if args.benchmarks and not {*names} <= {*BENCHMARKS}:
+        parser.error(f"--benchmarks: {', '.join(sorted({*names} - {*BENCHMARKS}))}? There are {', '.join(BENCHMARKS)}, and all")
+    if not args.retriever_url and not args.corpus and not (args.benchmarks and args.data):
+        parser.error("where to search? Give --corpus, --retriever-url, or --benchmarks with --data")
+    # Every set is read before the first is answered: hours later is late for a missing file.
+    corpus = None if args.retriever_url else args.corpus
+    sets = {name: find_set(name, args.data, corpus) for name in names} if args.benchmarks else {args.questions: (args.questions, corpus)}
+    loaded = {name: load_questions(questions)[: args.limit] for name, (questions, _) in sets.items()}
     model, tokenizer = load_model(args.model)
-    result = evaluate(
-        model, tokenizer, retriever, questions, k=args.k, max_searches=args.max_searches, progress="evaluation"
-    )
-    print(json.dumps(result, indent=2))
+    made_with = {
+        "model": args.model, "retriever": args.retriever_url or "BM25", "k": args.k, "max_searches": args.max_searches,
+        "prompt": standard_prompt(tokenizer, "{question}"), "temperature": 0, "limit": args.limit, "commit": commit(),
+    }  # fmt: skip
+    results, opened = {}, None
+    for name, (questions, corpus) in sets.items():
+        if opened is None or corpus != opened[0]:
+            opened = corpus, RemoteRetriever(args.retriever_url) if args.retriever_url else open_index(corpus)
+        how = dict(k=args.k, max_searches=args.max_searches, progress=name)
+        row = evaluate(model, tokenizer, opened[1], loaded[name], **how)
+        row["em_interval"] = interval(row["em"], row["n"])
+        results[name] = row | {"questions": questions, "corpus": corpus}
+        if args.out:  # after each set, so that a run that dies has lost one set
+            text = json.dumps(made_with | {"results": results, "averages": averages({k: v["em"] for k, v in results.items()})}, indent=2)
+            Path(args.out).write_text(text + "\n", encoding="utf-8")
+    if args.benchmarks:
+        print_table(results, args.published)
+    else:
+        print(json.dumps(next(iter(results.values())), indent=2))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from eval import evaluate, exact_match, f1_score, load_questions, normalize_answer, score, supported
+from eval import (
+    BENCHMARKS, PUBLISHED, averages, evaluate, exact_match, f1_score, interval, load_questions, normalize_answer, score, supported,
+)  # fmt: skip
 from retriever import BadInput, Passage
 from rollout import Trajectory
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -122,3 +127,47 @@ def test_each_script_says_what_it_is_when_run_alone(command):
     for name in ("retriever", "rollout", "grpo", "ofsd", "eval"):
         done = command(f"{name}.py")
         assert done.returncode == 0 and len(done.stdout) > 200 and not done.stderr
+
+
+def test_intervals_and_averages():
+    """Wilson: 0 of 10 is 0 to 3.8416 / 13.8416; half of 100 is .404 to .596. Averages count each set once."""
+    assert interval(0.0, 10) == (pytest.approx(0.0), pytest.approx(0.27754, abs=1e-4))
+    assert interval(0.5, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert averages(dict(zip(BENCHMARKS, PUBLISHED["Search-E1"])))["average"] == pytest.approx(0.440, abs=5e-4)
+    assert averages({"nq": 0.2, "popqa": 0.4, "musique": 0.1}) == pytest.approx(
+        {"single-hop": 0.3, "multi-hop": 0.1, "average": 0.7 / 3}
+    )
+
+
+def test_benchmarks_from_a_folder(command, tmp_path):
+    for name, suffix in (("nq", ""), ("musique", ".gz")):
+        (tmp_path / name).mkdir()
+        for file in ("questions", "corpus"):
+            source = "test" if file == "questions" else file
+            lines = (ROOT / f"micro/{source}.jsonl").read_bytes().splitlines(keepends=True)
+            packed = gzip.compress if suffix else bytes
+            (tmp_path / name / f"{file}.jsonl{suffix}").write_bytes(packed(b"".join(lines[: 40 if file == "questions" else None])))
+    out = tmp_path / "result.json"
+    how = "--model", "micro/model", "--benchmarks", "nq,musique", "--data", tmp_path, "--limit", "20", "--out", out, "--published"
+    done = command("eval.py", *how)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads(out.read_text())
+    assert {"model", "retriever", "k", "max_searches", "prompt", "commit", "averages"} <= saved.keys()
+    one, two = saved["results"]["nq"], saved["results"]["musique"]
+    assert one["n"] == 20 and one["em"] == two["em"] > 0 and one["em_interval"][0] < one["em"] < one["em_interval"][1]
+    assert one["corpus"].endswith("nq/corpus.jsonl") and two["questions"].endswith("musique/questions.jsonl.gz")
+    assert "single-hop" in done.stdout and "Search-E1" in done.stdout and "0.440" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--benchmarks", "nq,trivia", "--data", "x"), "trivia?"),
+        (("--benchmarks", "nq", "--data", "nowhere"), "nowhere/nq/questions.jsonl"),
+        (("--benchmarks", "nq"), "where to search?"),
+        (("--questions", "micro/test.jsonl"), "where to search?"),
+        (("--questions", "micro/test.jsonl", "--benchmarks", "nq"), "not allowed with"),
+    ],
+)
+def test_benchmarks_that_cannot_be_run_are_refused(refused, arguments, message):
+    assert message in refused("eval.py", "--model", "micro/model", *arguments)
