@@ -160,10 +160,10 @@ def interval(share: float, n: int) -> tuple[float, float]:
     return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
 
 
-def averages(ems: dict[str, float]) -> dict[str, float]:
-    """Means over sets, each set counting once, as the paper takes them; of the sets that are there."""
+def averages(results: dict[str, dict]) -> dict[str, float]:
+    """Mean EM over sets, each set counting once, as the paper takes it; of the sets that are there."""
     parts = {"single-hop": SINGLE_HOP, "multi-hop": [name for name in BENCHMARKS if name not in SINGLE_HOP], "average": BENCHMARKS}
-    return {part: mean(ems[name] for name in names if name in ems) for part, names in parts.items() if {*names} & {*ems}}
+    return {part: mean(results[name]["em"] for name in names if name in results) for part, names in parts.items() if {*names} & {*results}}
 
 
 def in_folder(folder: str, name: str) -> str:
@@ -172,12 +172,9 @@ def in_folder(folder: str, name: str) -> str:
     return str(packed if packed.is_file() and not plain.is_file() else plain)
 
 
-def find_set(name: str, data: str | None, corpus: str | None) -> tuple[str, str | None]:
-    """(questions, corpus) of a benchmark: from a folder as load_questions and open_index take them,
-    else FlashRAG's questions from the hub. corpus, where given, is every set's."""
-    if data is None:
-        return f"RUC-NLPIR/FlashRAG_datasets:{name}:{BENCHMARKS[name]}", corpus
-    return in_folder(f"{data}/{name}", "questions"), corpus or in_folder(f"{data}/{name}", "corpus")
+def find_questions(name: str, data: str | None) -> str:
+    """A benchmark as load_questions takes it: from a folder, else FlashRAG's from the hub."""
+    return in_folder(f"{data}/{name}", "questions") if data else f"RUC-NLPIR/FlashRAG_datasets:{name}:{BENCHMARKS[name]}"
 
 
 def print_table(results: dict[str, dict], published: bool) -> None:
@@ -187,8 +184,7 @@ def print_table(results: dict[str, dict], published: bool) -> None:
         low, high = row["em_interval"]
         print(f"{name:18}{row['em']:7.3f}{f'{low:.3f}-{high:.3f}':>15}{row['f1']:7.3f}"
               f"{row['searches']:10.2f}{row['answered']:10.3f}{row['n']:7d}")  # fmt: skip
-    ems = {name: row["em"] for name, row in results.items() if name in BENCHMARKS}
-    for part, value in averages(ems).items():
+    for part, value in averages(results).items():
         print(f"{part:18}{value:7.3f}")
     if published:
         print(f"\n{'EM as published, Qwen2.5-3B':28}" + "".join(f"{name[:10]:>11}" for name in BENCHMARKS) + f"{'average':>9}")
@@ -228,24 +224,24 @@ def main() -> None:
     if not args.retriever_url and not args.corpus and not (args.benchmarks and args.data):
         parser.error("where to search? Give --corpus, --retriever-url, or --benchmarks with --data")
     # Every set is read before the first is answered: hours later is late for a missing file.
-    corpus = None if args.retriever_url else args.corpus
-    sets = {name: find_set(name, args.data, corpus) for name in names} if args.benchmarks else {args.questions: (args.questions, corpus)}
-    loaded = {name: load_questions(questions)[: args.limit] for name, (questions, _) in sets.items()}
+    specs = {name: find_questions(name, args.data) for name in names} if args.benchmarks else {args.questions: args.questions}
+    loaded = {name: load_questions(spec)[: args.limit] for name, spec in specs.items()}
     model, tokenizer = load_model(args.model)
+    shared = RemoteRetriever(args.retriever_url) if args.retriever_url else open_index(args.corpus) if args.corpus else None
     made_with = {
         "model": args.model, "retriever": args.retriever_url or "BM25", "k": args.k, "max_searches": args.max_searches,
-        "prompt": standard_prompt(tokenizer, "{question}"), "temperature": 0, "limit": args.limit, "commit": commit(),
+        "prompt": standard_prompt(tokenizer, "{question}"), "temperature": 0, "limit": args.limit,
+        "commit": commit() if args.out else "",
     }  # fmt: skip
-    results, opened = {}, None
-    for name, (questions, corpus) in sets.items():
-        if opened is None or corpus != opened[0]:
-            opened = corpus, RemoteRetriever(args.retriever_url) if args.retriever_url else open_index(corpus)
+    results = {}
+    for name, questions in loaded.items():
+        corpus = None if args.retriever_url else args.corpus or in_folder(f"{args.data}/{name}", "corpus")
         how = dict(k=args.k, max_searches=args.max_searches, progress=name)
-        row = evaluate(model, tokenizer, opened[1], loaded[name], **how)
+        row = evaluate(model, tokenizer, shared or open_index(corpus), questions, **how)
         row["em_interval"] = interval(row["em"], row["n"])
-        results[name] = row | {"questions": questions, "corpus": corpus}
+        results[name] = row | {"questions": specs[name], "corpus": corpus}
         if args.out:  # after each set, so that a run that dies has lost one set
-            text = json.dumps(made_with | {"results": results, "averages": averages({k: v["em"] for k, v in results.items()})}, indent=2)
+            text = json.dumps(made_with | {"results": results, "averages": averages(results)}, indent=2)
             Path(args.out).write_text(text + "\n", encoding="utf-8")
     if args.benchmarks:
         print_table(results, args.published)

@@ -69,6 +69,12 @@ def difference(reference: Trajectory, other: Trajectory) -> tuple[int, float]:
     return abs(len(reference.queries) - len(other.queries)), 1.0 - overlap
 
 
+def reference_index(trajectories: list[Trajectory], rewards) -> int | None:
+    """Of the correct trajectory with the fewest searches, the first one; None where none is correct."""
+    correct = [i for i, reward in enumerate(rewards) if reward > 0]
+    return min(correct, key=lambda i: len(trajectories[i].queries), default=None)
+
+
 def mine_pair(trajectories: list[Trajectory], rewards) -> tuple[Trajectory, Trajectory] | None:
     """The (reference, student) of one group, from its trajectories and 0/1 rewards.
 
@@ -76,10 +82,10 @@ def mine_pair(trajectories: list[Trajectory], rewards) -> tuple[Trajectory, Traj
     most from it, a wrong one if there is any. Ties: the lowest index. None where no trajectory
     is correct, or where all are correct and none differs from the reference.
     """
-    correct = [i for i, reward in enumerate(rewards) if reward > 0]
-    if not correct:
+    first = reference_index(trajectories, rewards)
+    if first is None:
         return None
-    first = min(correct, key=lambda i: len(trajectories[i].queries))
+    correct = [i for i, reward in enumerate(rewards) if reward > 0]
     others = [i for i in range(len(trajectories)) if i not in correct] or [i for i in correct if i != first]
     gaps = {i: difference(trajectories[first], trajectories[i]) for i in others}
     student = max(others, key=gaps.get, default=None)

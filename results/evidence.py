@@ -50,7 +50,7 @@ from eval import exact_match, score, supported  # noqa: E402
 from grpo import (  # noqa: E402
     backward_in_chunks, chunks, grpo_step, micro_batches, output_layer, policy_hidden, policy_tokens, token_logprobs, update,
 )  # fmt: skip
-from ofsd import divergences, privileged_prompt, query_mask, spans  # noqa: E402
+from ofsd import divergences, privileged_prompt, query_mask, reference_index, spans  # noqa: E402
 from retriever import run_script  # noqa: E402
 from rollout import autocast, decode  # noqa: E402
 from train import Config, Run, frozen_copy, mine, ofsd_step, teacher_edge  # noqa: E402
@@ -175,40 +175,42 @@ def offline(run: Counted, kind: str, stage: str) -> None:
         if skipped:
             return
     run.log("eval", f"pool {stage}", **run.metrics)
-    before = None if kind == "rft" else kl_by_kind(run.model, run.model, data, run.tokenizer)
-    teacher = frozen_copy(run.model)
-    distil(run, kind, stage, data, teacher)
-    if before:
+    if kind == "rft":
+        distil(run, kind, stage, data)
+    else:
+        teacher = frozen_copy(run.model)
+        before = kl_by_kind(run.model, teacher, data, run.tokenizer)
+        distil(run, kind, stage, data, teacher)
         run.log("kinds", stage, before=before, after=kl_by_kind(run.model, teacher, data, run.tokenizer))
     run.test(stage)
 
 
-def distil(run: Counted, kind: str, stage: str, data: list, teacher) -> None:
-    config = run.config
+def distil(run: Counted, kind: str, stage: str, data: list, teacher=None) -> None:
+    """Passes over pairs (ofsd) or references (rft), with a test between two passes."""
+    config, step = run.config, 0
     optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.ofsd_lr, weight_decay=0.0)
-    shuffled = [run.rng.sample(data, len(data)) for _ in range(config.ofsd_epochs)]
-    batches = [epoch[i : i + config.ofsd_batch] for epoch in shuffled for i in range(0, len(epoch), config.ofsd_batch)]
-    for number, batch in enumerate(batches):
-        if number and number % (len(batches) // config.ofsd_epochs) == 0:  # a pass is over
+    starts = range(0, len(data), config.ofsd_batch)
+    for number in range(config.ofsd_epochs):
+        if number:
             run.test(stage)
-        optimizer.param_groups[0]["lr"] = config.ofsd_lr * (1 - number / len(batches))
-        if kind == "rft":
-            stats = rft_step(run.model, optimizer, batch, config)
-            run.cost += 3 * tokens(batch)
-        else:
-            stats = ofsd_step(run.model, teacher, optimizer, batch, config)
-            run.cost += sum(3 * tokens([student]) + len(prompt) + len(student.response_ids) for _, _, student, prompt in batch)
-        run.log("step", stage, step=number + 1, **stats)
+        shuffled = run.rng.sample(data, len(data))
+        for start in starts:
+            optimizer.param_groups[0]["lr"] = config.ofsd_lr * (1 - step / (config.ofsd_epochs * len(starts)))
+            step, batch = step + 1, shuffled[start : start + config.ofsd_batch]
+            if kind == "rft":
+                stats = rft_step(run.model, optimizer, batch, config)
+                run.cost += 3 * tokens(batch)
+            else:
+                stats = ofsd_step(run.model, teacher, optimizer, batch, config)
+                run.cost += sum(3 * tokens([student]) + len(prompt) + len(student.response_ids) for _, _, student, prompt in batch)
+            run.log("step", stage, step=step, **stats)
 
 
 def references(questions: list[dict], pool: list, size: int) -> list:
     """What rft learns: the correct trajectory with the fewest searches of each question that has one."""
     rewards = rewards_of(questions, pool, size)
-    found = []
-    for i in range(0, len(pool), size):
-        correct = [t for t, reward in zip(pool[i : i + size], rewards[i : i + size]) if reward]
-        found += [min(correct, key=lambda t: len(t.queries))] if correct else []
-    return found
+    groups = [(pool[i : i + size], rewards[i : i + size]) for i in range(0, len(pool), size)]
+    return [group[best] for group, right in groups if (best := reference_index(group, right)) is not None]
 
 
 def rft_step(model, optimizer, batch: list, config: Config) -> dict:
@@ -310,7 +312,7 @@ def altered(run: Counted, questions: list[dict], pool: list, change: dict) -> li
             for j in correct:
                 result[j] = pool[drawn]
         if correct and change.get("student") == "random":
-            first = min(correct, key=lambda j: len(pool[j].queries))
+            first = i + reference_index(pool[i : i + size], rewards[i : i + size])
             drawn = run.rng.choice([j for j in group if j != first])
             for j in group:
                 result[j] = pool[first] if j == first else pool[drawn]
@@ -333,6 +335,7 @@ def conditioned(run: Counted, pair: tuple, change: dict, pairs: list[tuple]) -> 
 
 # ---------------------------------------------------------------- the plan
 
+
 def converge(name: str, seed: int) -> None:
     run = run_arm(name, CONVERGE, seed, "validation")
     run.model.save_pretrained(CONVERGED)
@@ -340,7 +343,7 @@ def converge(name: str, seed: int) -> None:
 
 
 def trials(part: str, arms: dict, seed: int) -> list[tuple]:
-    named = [[(f"{part}/{kind}-{name}", arm) for name, arm in trials.items()] for kind, trials in arms.items()]
+    named = [[(f"{part}/{kind}-{name}", arm) for name, arm in those.items()] for kind, those in arms.items()]
     return [(run_arm, name, arm, seed, "validation") for row in zip(*named, strict=True) for name, arm in row]
 
 

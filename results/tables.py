@@ -87,7 +87,7 @@ def comparison(part: str, against: str = "grpo") -> str:
             cells.append(f"{mean(final(rows, name) for rows in seeds.values()):.{digits}f}")
         lines.append([*cells, f"{mean(rows[-1]['work_s'] for rows in seeds.values()):.0f}"])
     costs = [f"cost of {level}, M" for level in LEVELS]
-    return table(["arm", "seeds", "area", f"to {against}", "final EM", f"to {against}", *costs, "searches", "unsupported", "seconds"], lines)
+    return table(["arm", "seeds", "area", f"to {against}", "final EM", f"to {against}", *costs, "searches", "leak", "seconds"], lines)
 
 
 def trials(part: str) -> str:
@@ -116,7 +116,7 @@ def stages(part: str, arm: str) -> str:
             for kind in ("think", "search", "answer", "tag"):
                 cells.append(" → ".join(f"{kinds[stage][when].get(kind, 0):.3f}" for when in ("before", "after")))
             lines.append(cells)
-    header = "seed, stage, pairs, edge, supported edge, EM, searches, unsupported, KL think, KL query, KL answer, KL tags"
+    header = "seed, stage, pairs, edge, supported edge, EM, searches, leak, KL think, KL query, KL answer, KL tags"
     return table(header.split(", "), lines)
 
 
@@ -138,7 +138,7 @@ def ablations() -> str:
             variant, f"{mean(gains):+.3f}", " ".join(f"{gain:+.3f}" for gain in gains), f"{mean(edges):+.2f}" if edges else "",
             *(f"{mean(row[name] - start[name] for row, start, _ in runs):+.{n}f}" for name, n in (("searches", 2), ("leak", 3))),
         ])  # fmt: skip
-    return table(["variant", "EM gained", "each seed", "edge", "searches", "unsupported"], lines)
+    return table(["variant", "EM gained", "each seed", "edge", "searches", "leak"], lines)
 
 
 def figure(part: str, title: str) -> None:

@@ -3,10 +3,12 @@
 import gzip
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+import eval as eval_module
 from eval import (
     BENCHMARKS, PUBLISHED, averages, evaluate, exact_match, f1_score, interval, load_questions, normalize_answer, score, supported,
 )  # fmt: skip
@@ -133,8 +135,9 @@ def test_intervals_and_averages():
     """Wilson: 0 of 10 is 0 to 3.8416 / 13.8416; half of 100 is .404 to .596. Averages count each set once."""
     assert interval(0.0, 10) == (pytest.approx(0.0), pytest.approx(0.27754, abs=1e-4))
     assert interval(0.5, 100) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
-    assert averages(dict(zip(BENCHMARKS, PUBLISHED["Search-E1"])))["average"] == pytest.approx(0.440, abs=5e-4)
-    assert averages({"nq": 0.2, "popqa": 0.4, "musique": 0.1}) == pytest.approx(
+    published = {name: {"em": em} for name, em in zip(BENCHMARKS, PUBLISHED["Search-E1"], strict=True)}
+    assert averages(published)["average"] == pytest.approx(0.440, abs=5e-4)
+    assert averages({"nq": {"em": 0.2}, "popqa": {"em": 0.4}, "musique": {"em": 0.1}}) == pytest.approx(
         {"single-hop": 0.3, "multi-hop": 0.1, "average": 0.7 / 3}
     )
 
@@ -157,6 +160,19 @@ def test_benchmarks_from_a_folder(command, tmp_path):
     assert one["n"] == 20 and one["em"] == two["em"] > 0 and one["em_interval"][0] < one["em"] < one["em_interval"][1]
     assert one["corpus"].endswith("nq/corpus.jsonl") and two["questions"].endswith("musique/questions.jsonl.gz")
     assert "single-hop" in done.stdout and "Search-E1" in done.stdout and "0.440" in done.stdout
+
+
+def test_a_result_by_a_server_names_no_corpus(micro_index, tmp_path, monkeypatch):
+    """Also where --data holds one."""
+    (tmp_path / "nq").mkdir()
+    (tmp_path / "nq/questions.jsonl").write_bytes((ROOT / "micro/test.jsonl").read_bytes())
+    out = tmp_path / "result.json"
+    monkeypatch.setattr(eval_module, "RemoteRetriever", lambda url: micro_index)
+    how = "--model", str(ROOT / "micro/model"), "--benchmarks", "nq", "--data", str(tmp_path), "--limit", "5", "--out", str(out)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *how, "--retriever-url", "http://here"])
+    eval_module.main()
+    saved = json.loads(out.read_text())
+    assert saved["retriever"] == "http://here" and saved["results"]["nq"]["corpus"] is None
 
 
 @pytest.mark.parametrize(
