@@ -105,6 +105,20 @@ def load_questions(spec: str) -> list[dict]:
     return questions
 
 
+def load_mixture(specs: str, test_set: list[dict]) -> list[dict]:
+    """Training questions of one spec or of several with commas between them. Raises BadInput where
+    one of them is a test question (letter case, punctuation and articles aside)."""
+    asked = {normalize_answer(row["question"]) for row in test_set}
+    mixture = []
+    for spec in [specs] if Path(specs).exists() else specs.split(","):
+        questions = load_questions(spec)
+        shared = [row["question"] for row in questions if normalize_answer(row["question"]) in asked]
+        if shared:
+            raise BadInput(f"{spec}: {len(shared)} training questions are test questions, such as {shared[0]!r}: remove them there")
+        mixture += questions
+    return mixture
+
+
 def score(questions: list[dict], trajectories: list[Trajectory]) -> dict:
     """Metrics of one trajectory a question: em, f1, em_supported (right and supported), searches
     a question, answered (share), n; and em_by, EM for each number of "hops" or else "type"."""
@@ -226,6 +240,9 @@ def main() -> None:
     # Every set is read before the first is answered: hours later is late for a missing file.
     specs = {name: find_questions(name, args.data) for name in names} if args.benchmarks else {args.questions: args.questions}
     loaded = {name: load_questions(spec)[: args.limit] for name, spec in specs.items()}
+    corpora = {name: None if args.retriever_url else args.corpus or in_folder(f"{args.data}/{name}", "corpus") for name in specs}
+    if missing := [corpus for corpus in corpora.values() if corpus and not Path(corpus).is_file()]:
+        raise BadInput(f"no such file: {missing[0]}")
     model, tokenizer = load_model(args.model)
     shared = RemoteRetriever(args.retriever_url) if args.retriever_url else open_index(args.corpus) if args.corpus else None
     made_with = {
@@ -235,11 +252,10 @@ def main() -> None:
     }  # fmt: skip
     results = {}
     for name, questions in loaded.items():
-        corpus = None if args.retriever_url else args.corpus or in_folder(f"{args.data}/{name}", "corpus")
         how = dict(k=args.k, max_searches=args.max_searches, progress=name)
-        row = evaluate(model, tokenizer, shared or open_index(corpus), questions, **how)
+        row = evaluate(model, tokenizer, shared or open_index(corpora[name]), questions, **how)
         row["em_interval"] = interval(row["em"], row["n"])
-        results[name] = row | {"questions": specs[name], "corpus": corpus}
+        results[name] = row | {"questions": specs[name], "corpus": corpora[name]}
         if args.out:  # after each set, so that a run that dies has lost one set
             text = json.dumps(made_with | {"results": results, "averages": averages(results)}, indent=2)
             Path(args.out).write_text(text + "\n", encoding="utf-8")

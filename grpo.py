@@ -29,9 +29,13 @@ Deviations from the paper
        the start policy's pass is a fourth of an update.
 """
 
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, by_std: bool = True) -> torch.Tensor:
@@ -129,11 +133,27 @@ def policy_hidden(model, prompts: list[list[int]], responses: list[list[int]], m
     row after row: (N, H). Rows are padded on the right, where a causal model never looks."""
     rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
     ids = pad_sequence(rows, batch_first=True).to(model.device)  # (B, S)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, S, H)
+    with checkpointed(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, S, H)
     # Response token t of row b is predicted at position len(prompt) + t - 1.
     places = [(b, len(prompts[b]) + t - 1) for b, mask in enumerate(masks) for t, sampled in enumerate(mask) if sampled]
     where = torch.tensor(places, dtype=torch.long, device=model.device).view(-1, 2)  # (N, 2)
     return hidden[where[:, 0], where[:, 1]]
+
+
+@contextmanager
+def checkpointed(model):
+    """Where gradient checkpointing is enabled, it works in here only: transformers ties it to a layer's
+    training mode, and would take the cache from a layer that samples. The modules in a layer stay in
+    evaluation mode, without dropout."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 def output_layer(model):
@@ -181,6 +201,33 @@ def backward_in_chunks(model, loss, hidden: torch.Tensor, *tensors: torch.Tensor
     return total
 
 
+# ---------------------------------------------------------------- on several devices
+
+# Under torchrun every rank holds the whole batch of trajectories and the same weights, and trains on
+# its share of the micro-batches. Losses are sums over tokens divided by the whole batch's count, so
+# the sum of the ranks' gradients is the gradient of one.
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def same_on_all_ranks(parameters: list) -> None:
+    """Give every rank the values of rank 0."""
+    if dist.is_initialized():
+        for parameter in parameters:
+            dist.broadcast(parameter.data, 0)
+
+
+def over_ranks(value: float, how=dist.ReduceOp.SUM) -> float:
+    """The sum (or the maximum) of each rank's value."""
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total, how)
+    return total.item()
+
+
 # ---------------------------------------------------------------- one step
 
 
@@ -196,8 +243,14 @@ def micro_batches(items: list, size: int, length) -> list[list]:
 
 
 def update(optimizer, max_norm: float) -> float:
-    """Clip, step, clear; the gradient's norm before it was clipped."""
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm).item()
+    """Add up the ranks' gradients, clip, step, clear; the gradient's norm before it was clipped."""
+    parameters = optimizer.param_groups[0]["params"]
+    if dist.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is None:  # this rank had no micro-batch
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -237,8 +290,10 @@ def grpo_step(model, start, optimizer, trajectories: list, rewards: torch.Tensor
             stats["logprob_gap"] = max(stats["logprob_gap"], part["gap"])
         return value
 
+    rank, ranks = rank_and_ranks()
     for number in range(config.updates):
-        for i, group in enumerate(tqdm(groups, desc="update", disable=None, leave=False)):
+        for i in tqdm(range(rank, len(groups), ranks), desc="update", disable=None, leave=False):
+            group = groups[i]
             rows = [t for t, _ in group]
             texts = [t.prompt_ids for t in rows], [t.response_ids for t in rows], [t.loss_mask for t in rows]
             ids, old = policy_tokens(rows, "response_ids", model.device), policy_tokens(rows, "logprobs", model.device)  # (N,)
@@ -251,7 +306,8 @@ def grpo_step(model, start, optimizer, trajectories: list, rewards: torch.Tensor
                 ref = [refs[i]] if i in refs else []
                 stats["loss"] += backward_in_chunks(model, loss, hidden, ids, old, advantage, *ref) / config.updates
         stats["grad_norm"] += update(optimizer, config.max_grad_norm) / config.updates
-    return stats
+    stats |= {name: over_ranks(stats[name]) for name in ("loss", "kl", "clip_frac", "entropy")}
+    return stats | {"logprob_gap": over_ranks(stats["logprob_gap"], dist.ReduceOp.MAX)}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 
     python train.py                               # two rounds on the micro world; minutes on 2 cores
     python train.py --seed 1 --out runs/seed1     # every field of Config is a flag
+    torchrun --standalone --nproc-per-node 2 train.py   # a process a device; the gradient is that of one
 
 It writes to runs/NAME: config.json; metrics.jsonl, a line a step, a mining and an evaluation
 (kind says which); trajectories.jsonl, every evaluation's answers and every mined pair; and
@@ -30,18 +31,24 @@ Deviations from the paper
 
 import copy
 import json
+import os
 import random
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers import set_seed
 
-from eval import exact_match, load_questions, score
-from grpo import backward_in_chunks, grpo_step, knows_output_layer, micro_batches, output_layer, policy_hidden, update
+from eval import exact_match, load_mixture, load_questions, score
+from grpo import (
+    backward_in_chunks, grpo_step, knows_output_layer, micro_batches, output_layer, over_ranks, policy_hidden, rank_and_ranks,
+    same_on_all_ranks, update,
+)  # fmt: skip
 from ofsd import Adapters, divergences, mine_pair, privileged_prompt, spans
 from retriever import BadInput, Parser, RemoteRetriever, open_index, run_script
 from rollout import Trajectory, autocast, context_length, decode, load_model, rollout
@@ -54,7 +61,7 @@ def setting(default, help: str):
 @dataclass
 class Config:
     model: str = setting("micro/model", "where the policy starts: a model folder or hub name")
-    questions: str = setting("micro/train.jsonl", "training questions: JSON lines or hub/dataset:config:split")
+    questions: str = setting("micro/train.jsonl", "training questions: JSON lines or hub/dataset:config:split; or several, with commas")
     eval_questions: str = setting("micro/test.jsonl", "questions of the final table")
     corpus: str = setting("micro/corpus.jsonl", "passages to search: JSON lines; CORPUS.bm25 is their saved index, if it is newer")
     retriever_url: str = setting("", "a server that speaks Search-R1's protocol, in place of a corpus")
@@ -86,9 +93,11 @@ class Config:
     tau: float = setting(0.05, "cap of the clip, in nats")
     max_reference_tokens: int = setting(224, "tokens of the privileged prompt; passages of the reference are cut to fit")
     lora_rank: int = setting(0, "distil into adapters of this rank, then merge them, as the paper does (0: all weights)")
+    grpo_lora_rank: int = setting(0, "the same in a GRPO stage, for a card too small for all weights")
     force_ofsd: bool = setting(False, "distil even where the teacher has no supported edge")
     # hardware and evaluation
     micro_batch: int = setting(20, "sequences a forward pass in training")
+    gradient_checkpointing: bool = setting(False, "keep only each layer's input for the backward pass: less memory, a third more time")
     rollout_batch: int = setting(256, "trajectories in flight while sampling")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     eval_limit: int = setting(0, "evaluate on the first so many questions only (0: all)")
@@ -99,7 +108,8 @@ class Config:
                 raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.prompt and "{question}" not in self.prompt:
             raise BadInput("prompt must hold {question}, where the question goes")
-        zero_allowed = {"seed", "rounds", "max_searches", "grpo_steps", "kl_coef", "ofsd_questions", "ofsd_epochs", "lora_rank", "eval_limit"}
+        zero_allowed = {"seed", "rounds", "max_searches", "grpo_steps", "kl_coef", "ofsd_questions", "ofsd_epochs", "eval_limit"}
+        zero_allowed |= {"lora_rank", "grpo_lora_rank"}
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type in (int, float) and not (value > 0 or (value == 0 and item.name in zero_allowed)):
@@ -112,23 +122,31 @@ class Run:
     def __init__(self, config: Config):
         # Everything that can be wrong with the input is found before the folder is made.
         self.config = config
+        self.rank, self.ranks = rank_and_ranks()
         self.folder = Path(config.out or time.strftime("runs/%Y%m%d-%H%M%S-seed") + str(config.seed))
-        if self.folder.exists():
+        if self.folder.exists() and self.rank == 0:
             raise BadInput(f"{self.folder} exists already: choose another --out, or remove it")
-        self.train_set = load_questions(config.questions)
-        self.test_set = load_questions(config.eval_questions)[: config.eval_limit or None]
+        test_set = load_questions(config.eval_questions)
+        self.train_set = load_mixture(config.questions, test_set)
+        self.test_set = test_set[: config.eval_limit or None]
         self.retriever = RemoteRetriever(config.retriever_url) if config.retriever_url else open_index(config.corpus)
         self.retriever.search([self.train_set[0]["question"]], config.k)  # is the server there?
         self.model, self.tokenizer = load_model(config.model)
         if not knows_output_layer(self.model):
             raise BadInput(f"{config.model}: its output layer does more than a product, which training here does not know")
+        if config.gradient_checkpointing:
+            self.model.activation_checkpointing_enable()
         if config.prompt:  # kept in the tokenizer's files, so that the trained model carries it
             self.tokenizer.init_kwargs["search_prompt"] = config.prompt
         set_seed(config.seed)  # Python, numpy and torch; rollouts draw from torch's state
+        if self.rank:  # the others sample differently; what stages draw from rng is the same on all
+            torch.manual_seed(config.seed + 1_000_003 * self.rank)
         self.rng = random.Random(config.seed)
         self.start = frozen_copy(self.model)
         self.evaluations: list[dict] = []
         self.began = time.time()
+        if self.rank:
+            return
         try:
             self.folder.mkdir(parents=True)
         except OSError as error:
@@ -139,13 +157,24 @@ class Run:
         self.append("metrics.jsonl", {"kind": kind, "stage": stage, **metrics, "time_s": time.time() - self.began})
 
     def append(self, name: str, row: dict) -> None:
+        if self.rank:
+            return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def sample(self, questions: list[dict], **how) -> list[Trajectory]:
-        return rollout(
-            self.model, self.tokenizer, self.retriever, [q["question"] for q in questions], **self.sampling(), **how
-        )
+    def sample(self, questions: list[dict], *, prompts: list | None = None, group_size: int = 1, **how) -> list[Trajectory]:
+        """rollout() by this run's settings. Every rank samples its share and gets the whole."""
+        mine = slice(self.rank, None, self.ranks)
+        trajectories = rollout(
+            self.model, self.tokenizer, self.retriever, [q["question"] for q in questions[mine]],
+            prompts=prompts and prompts[mine], group_size=group_size, **self.sampling(), **how,
+        )  # fmt: skip
+        if self.ranks == 1:
+            return trajectories
+        parts: list = [None] * self.ranks
+        dist.all_gather_object(parts, trajectories)
+        groups = [(i % self.ranks, i // self.ranks * group_size) for i in range(len(questions))]
+        return [t for rank, first in groups for t in parts[rank][first : first + group_size]]
 
     def sampling(self) -> dict:
         names = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
@@ -161,8 +190,9 @@ class Run:
             em = exact_match(trajectory.answer, question["golden_answers"])
             self.append("trajectories.jsonl", {"kind": "eval", "stage": stage, "id": question["id"], "em": em}
                         | self.as_json(trajectory) | {"golden_answers": question["golden_answers"]})  # fmt: skip
-        self.model.save_pretrained(self.folder / "model")
-        self.tokenizer.save_pretrained(self.folder / "model")
+        if self.rank == 0:
+            self.model.save_pretrained(self.folder / "model")
+            self.tokenizer.save_pretrained(self.folder / "model")
         print(f"test, {stage}: EM {metrics['em']:.3f}, {metrics['searches']:.2f} searches, "
               f"{metrics['answered']:.3f} answered, {(time.time() - self.began) / 60:.1f} min")  # fmt: skip
 
@@ -174,7 +204,17 @@ class Run:
 
 
 def frozen_copy(model):
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    """On a GPU in bfloat16, in half the memory: autocast computes in it anyway."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return frozen.bfloat16() if model.device.type == "cuda" else frozen
+
+
+def trainable(model, lora_rank: int) -> tuple[Adapters | None, list]:
+    """Adapters, if a rank is given, and the parameters that a stage trains."""
+    adapters = Adapters(model, lora_rank) if lora_rank else None
+    parameters = list((adapters or model).parameters())
+    same_on_all_ranks(parameters)  # adapters begin with random numbers
+    return adapters, parameters
 
 
 # ---------------------------------------------------------------- GRPO
@@ -186,7 +226,8 @@ COLUMNS = "reward zero_var kl clip_frac entropy grad_norm length searches no_ans
 def grpo_stage(run: Run, number: int) -> None:
     """Stage grpo-<number>; number counts the rounds from 1."""
     config, stage = run.config, f"grpo-{number}"
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.grpo_lr, weight_decay=0.0)
+    adapters, trained = trainable(run.model, config.grpo_lora_rank)
+    optimizer = torch.optim.AdamW(trained, lr=config.grpo_lr, weight_decay=0.0)
     print(f"\n{stage}: {config.grpo_steps} steps\n step " + " ".join(f"{name:>8}" for name in COLUMNS) + "  seconds")
     waiting: list[dict] = []  # each pass over the questions is a fresh shuffle
     for step in range(1, config.grpo_steps + 1):
@@ -214,6 +255,8 @@ def grpo_stage(run: Run, number: int) -> None:
         run.log("step", stage, step=step, **stats, rollout_s=sampled_s, step_s=time.time() - began)
         values = " ".join(f"{stats[name]:{max(8, len(name))}.3g}" for name in COLUMNS)
         print(f"{step:5d} {values} {time.time() - began:8.1f}")
+    if adapters:
+        adapters.merge()
 
 
 # ---------------------------------------------------------------- OFSD
@@ -265,7 +308,8 @@ def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config: Config, ada
         return divergences(logits, taught_logits, **how).sum() / num_tokens
 
     total = 0.0
-    for group in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[2].response_ids)):
+    rank, ranks = rank_and_ranks()
+    for group in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[2].response_ids))[rank::ranks]:
         # The same ids for both readers.
         texts = [student.response_ids for _, _, student, _ in group], [student.loss_mask for _, _, student, _ in group]
         with autocast(model.device):
@@ -273,7 +317,7 @@ def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config: Config, ada
                 taught = policy_hidden(teacher, [prompt for *_, prompt in group], *texts)  # (N, H)
             hidden = policy_hidden(model, [student.prompt_ids for _, _, student, _ in group], *texts)  # (N, H)
             total += backward_in_chunks(model, loss, hidden, taught)
-    return {"loss": total, "grad_norm": update(optimizer, config.max_grad_norm)}
+    return {"loss": over_ranks(total), "grad_norm": update(optimizer, config.max_grad_norm)}
 
 
 def ofsd_stage(run: Run, stage: str) -> dict:
@@ -300,9 +344,8 @@ def ofsd_stage(run: Run, stage: str) -> dict:
     if skipped:
         print("the teacher has no supported edge over the student: this stage is skipped (--force-ofsd runs it)")
         return edge
-    adapters = Adapters(run.model, config.lora_rank) if config.lora_rank else None
+    adapters, trained = trainable(run.model, config.lora_rank)
     teacher = run.model if adapters else frozen_copy(run.model)
-    trained = (adapters or run.model).parameters()
     optimizer = torch.optim.AdamW(trained, lr=config.ofsd_lr, weight_decay=0.0)
     batches = []
     for _ in range(config.ofsd_epochs):
@@ -330,7 +373,8 @@ def train(config: Config) -> Path:
         run.evaluate(f"grpo-{number}")
         edge = ofsd_stage(run, f"ofsd-{number}")
         run.evaluate(f"ofsd-{number}", **edge)
-    report(run)
+    if run.rank == 0:
+        report(run)
     return run.folder
 
 
@@ -368,5 +412,20 @@ def parse_config() -> Config:
     return Config(**vars(parser.parse_args()))
 
 
+def main() -> None:
+    config = parse_config()
+    if "LOCAL_RANK" not in os.environ:
+        train(config)
+        return
+    # One of torchrun's processes: rank 0 speaks and writes.
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    train(config)
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    run_script(lambda: train(parse_config()))
+    run_script(main)

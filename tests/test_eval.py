@@ -10,7 +10,7 @@ import pytest
 
 import eval as eval_module
 from eval import (
-    BENCHMARKS, PUBLISHED, averages, evaluate, exact_match, f1_score, interval, load_questions, normalize_answer, score, supported,
+    BENCHMARKS, PUBLISHED, averages, evaluate, exact_match, f1_score, interval, load_mixture, load_questions, normalize_answer, score, supported,
 )  # fmt: skip
 from retriever import BadInput, Passage
 from rollout import Trajectory
@@ -175,12 +175,23 @@ def test_a_result_by_a_server_names_no_corpus(micro_index, tmp_path, monkeypatch
     assert saved["retriever"] == "http://here" and saved["results"]["nq"]["corpus"] is None
 
 
+def test_a_mixture_is_all_its_sets_and_no_test_question(tmp_path):
+    rows = [{"id": str(i), "question": f"Who is {name}?", "golden_answers": ["x"]} for i, name in enumerate("abcd")]
+    for name, part in (("one", rows[:2]), ("two", rows[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    specs = f"{tmp_path}/one.jsonl,{tmp_path}/two.jsonl"
+    assert [row["question"] for row in load_mixture(specs, [])] == [row["question"] for row in rows]
+    with pytest.raises(BadInput, match=r"two.jsonl: 1 training questions are test questions, such as 'Who is d\?'"):
+        load_mixture(specs, [{"question": "who is D"}])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (("--benchmarks", "nq,trivia", "--data", "x"), "trivia?"),
         (("--benchmarks", "nq", "--data", "nowhere"), "nowhere/nq/questions.jsonl"),
         (("--benchmarks", "nq"), "where to search?"),
+        (("--questions", "micro/test.jsonl", "--corpus", "micro/nowhere.jsonl"), "no such file: micro/nowhere.jsonl"),
         (("--questions", "micro/test.jsonl"), "where to search?"),
         (("--questions", "micro/test.jsonl", "--benchmarks", "nq"), "not allowed with"),
     ],

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 MICRO = Path(__file__).resolve().parent.parent / "micro"
 sys.path.insert(0, str(MICRO))
@@ -12,6 +13,7 @@ sys.path.insert(0, str(MICRO))
 import make  # noqa: E402
 from eval import load_questions  # noqa: E402
 from retriever import load_corpus  # noqa: E402
+from rollout import load_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +107,25 @@ def test_the_data_is_json_lines_of_the_documented_form():
     for name in ("train", "validation", "test"):
         for line in (MICRO / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             assert {"id", "question", "golden_answers"} <= json.loads(line).keys()
+
+
+def test_a_real_question_is_demonstrated_by_what_is_found(three):
+    question = {"question": "Whose engine, Lovelace?", "golden_answers": ["Ada Lovelace"], "supporting_titles": ["Ada Lovelace", "London"]}
+    steps = make.demonstrate_real(three, question)
+    assert [type(step) for step in steps] == [str, list, str, list, str]  # the question itself finds Ada
+    assert "<search> Whose engine, Lovelace? </search>" in steps[0] and "<search> London </search>" in steps[2]
+    assert steps[-1].endswith("<answer> Ada Lovelace </answer>")
+    assert make.demonstrate_real(three, {**question, "golden_answers": ["a bus driver"]}) is None
+
+
+def test_a_real_model_is_given_its_start(tmp_path, command, micro):
+    """The command end to end, on micro/model."""
+    how = "--model", "micro/model", "--questions", "micro/train.jsonl", "--corpus", "micro/corpus.jsonl", "--count", "6"
+    done = command("micro/make.py", *how, "--out", tmp_path / "started")
+    assert done.returncode == 0, done.stderr
+    assert "6 demonstrations from 1080 questions" in done.stdout
+    started, tokenizer = load_model(str(tmp_path / "started"))
+    assert tokenizer.init_kwargs["search_prompt"] == "{question}"
+    assert not torch.equal(next(started.parameters()), next(micro[0].parameters()))
+    again = command("micro/make.py", *how, "--out", tmp_path / "started")
+    assert again.returncode == 2 and "holds a model already" in again.stderr

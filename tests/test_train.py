@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train as train_module
-from grpo import group_advantages, grpo_step, knows_output_layer
+from grpo import group_advantages, grpo_step, knows_output_layer, policy_hidden
 from ofsd import mine_pair, privileged_prompt, spans
 from retriever import BadInput
 from rollout import load_model, response_logits, rollout
@@ -123,6 +123,31 @@ def test_grpo_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch
         parts, other = gradient(micro, batch, micro_batch=size)
         assert torch.allclose(whole, parts, atol=1e-5 * whole.abs().max().item())
         assert other == pytest.approx(stats, rel=1e-3, abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_the_cache_for_sampling(micro, micro_index, batch):
+    plain, stats = gradient(micro, batch)
+    model = frozen_copy(micro[0])
+    model.activation_checkpointing_enable()
+    again, other = gradient((model, micro[1]), batch)
+    assert torch.allclose(plain, again, atol=1e-6 * plain.abs().max().item())
+    assert other == pytest.approx(stats, rel=1e-3, abs=1e-6)
+    how = dict(seed=0, group_size=2)
+    one, two = (rollout(m, micro[1], micro_index, [batch[0][0].question], **how) for m in (model, micro[0]))
+    assert [t.response_ids for t in one] == [t.response_ids for t in two]
+
+
+def test_gradient_checkpointing_needs_less_memory():
+    """Bytes kept for the backward pass, counted by torch's own hooks."""
+    kept = []
+    for on in (False, True):
+        model, sizes = frozen_copy(load_model("micro/model")[0]).requires_grad_(True), []
+        if on:
+            model.activation_checkpointing_enable()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            policy_hidden(model, [[5] * 20] * 4, [[6] * 200] * 4, [[1] * 200] * 4)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 4
 
 
 def test_skipping_groups_without_variance_changes_nothing(micro, batch):
@@ -251,6 +276,23 @@ def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(
     assert torch.equal(logits(load_model(str(folder / "model"))[0]), merged)
 
 
+def test_grpo_in_adapters_trains_them_and_merges_them(tmp_path, monkeypatch):
+    seen, probe, plain_step = {}, ([[5, 6]], [[7, 8]]), train_module.grpo_step
+
+    def step(model, start, optimizer, *args):
+        before = [p.clone() for p in model.parameters()]
+        stats = plain_step(model, start, optimizer, *args)
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))  # until they are merged
+        seen["adapted"] = response_logits(model, *probe).detach()
+        return stats
+
+    monkeypatch.setattr(train_module, "grpo_step", step)
+    folder = train(replace(SMALL, out=str(tmp_path / "run"), grpo_lora_rank=4, grpo_lr=1e-2, ofsd_epochs=0))
+    model = load_model(str(folder / "model"))[0]
+    assert torch.allclose(response_logits(model, *probe), seen["adapted"], atol=1e-4)
+    assert not torch.allclose(response_logits(load_model("micro/model")[0], *probe), seen["adapted"], atol=1e-2)
+
+
 def test_a_model_whose_output_layer_does_more_is_refused(micro, monkeypatch, tmp_path):
     model = frozen_copy(micro[0])
     assert knows_output_layer(model)
@@ -318,6 +360,9 @@ def test_every_setting_is_a_flag_with_help(command):
         (["--corpus", "BROKEN"], "broken.jsonl:2"),
         (["--corpus", "EMPTY"], "the corpus is empty"),
         (["--questions", "BROKEN"], "broken.jsonl:1"),
+        (["--questions", "micro/train.jsonl,BROKEN"], "broken.jsonl:1"),
+        (["--questions", "micro/train.jsonl,LEAK"], "leak.jsonl: 1 training questions are test questions"),
+        (["--eval-questions", "micro/train.jsonl"], "training questions are test questions"),
         (["--model", "tests"], "not a model folder"),
         (["--model", "no/such-model"], "cannot load"),
         (["--model", "micro/modle"], "no such model folder"),
@@ -332,9 +377,11 @@ def test_every_setting_is_a_flag_with_help(command):
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, flags, message):
     (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{oops\n')
     (tmp_path / "empty.jsonl").write_text("")
-    files = {"BROKEN": tmp_path / "broken.jsonl", "EMPTY": tmp_path / "empty.jsonl"}
+    (tmp_path / "leak.jsonl").write_text(json.dumps({**json.loads(open("micro/test.jsonl").readline()), "id": "new"}) + "\n")
     out = tmp_path / "run"
-    assert message in refused("train.py", "--out", out, *[files.get(flag, flag) for flag in flags])
+    for name in ("BROKEN", "EMPTY", "LEAK"):
+        flags = [flag.replace(name, str(tmp_path / f"{name.lower()}.jsonl")) for flag in flags]
+    assert message in refused("train.py", "--out", out, *flags)
     assert not out.exists()
 
 
