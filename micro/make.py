@@ -456,7 +456,8 @@ def main() -> None:
         all_texts += questions(rng, name, count, parts, {1: 2, 2: 3, 3: 4})
     # For results/evidence.py: the agent seldom goes on after either of the first two links. They come last,
     # and from random states of their own: the others stay as they were.
-    for name, count, parts in (("evidence-train", 480, [0]), ("evidence-validation", 360, [0]), ("evidence-test", 540, [0, 1])):
+    later = [("train", 480, [0]), ("validation", 360, [0]), ("test", 540, [0, 1]), ("test-2", 540, [0, 1])]
+    for name, count, parts in ((f"evidence-{name}", *rest) for name, *rest in later):
         questions(random.Random(f"{args.seed}, {name}"), name, count, parts, {3: 1}, goes_on=0.1)
     if args.data_only:
         return

@@ -54,6 +54,25 @@ TRIALS = {
 BEST = {"grpo": "lr0.0006", "search-e1": "fast-30", "ofsd": "fast-30", "rft": "fast-30"}
 ARMS = {kind: TRIALS[kind][best] for kind, best in BEST.items()}
 
+# A second round. The ablations (below; validation questions) say that one pair of a question is too little:
+# with three students a question a stage does twice as much. Three more trials for each, on two seeds.
+TRIALS_2 = {
+    "grpo": {"lr0.0005": Arm("grpo", 5e-4), "small-batch": Arm("grpo", 6e-4, questions_per_step=8), "large-batch": Arm("grpo", 6e-4, questions_per_step=32)},
+    "search-e1": {
+        "early": Arm("grpo 1, ofsd, grpo", 6e-4, 1e-3, ofsd_questions=30, students=4),
+        "early-twice": Arm("grpo 1, ofsd, ofsd, grpo", 6e-4, 1e-3, ofsd_questions=30, students=4),
+        "wide": Arm("grpo 2, ofsd, grpo", 8e-4, ofsd_epochs=4, students=4),
+    },
+    "rft": {
+        "early": Arm("grpo 1, rft, grpo", 6e-4, 1e-3, ofsd_questions=30, ofsd_epochs=8),
+        "early-twice": Arm("grpo 1, rft, rft, grpo", 6e-4, 1e-3, ofsd_questions=30, ofsd_epochs=8),
+        "wide": Arm("grpo 2, rft, grpo", 8e-4, ofsd_epochs=8),
+    },
+}  # fmt: skip
+
+BEST_2 = {"grpo": "lr0.0005", "search-e1": "early", "rft": "early"}
+ARMS_2 = {kind: {**TRIALS[kind], **TRIALS_2[kind]}[best] for kind, best in BEST_2.items()}
+
 # From a policy that GRPO, its learning rate held, improves no more on the validation questions.
 CONVERGED = "runs/evidence/converged"
 CONVERGE = Arm("grpo", 3e-4, falls=False, budget=1_200_000)

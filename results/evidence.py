@@ -2,6 +2,8 @@
 
     python results/evidence.py tune                  # the trials of every arm, on validation questions
     python results/evidence.py loop                  # the arms from the base model, on test questions
+    python results/evidence.py tune-2                # a second round of trials, after what the first showed,
+    python results/evidence.py loop-2                # and the arms again, on other test questions and seeds
     python results/evidence.py converge              # a policy that GRPO improves no more
     python results/evidence.py tune-plateau          # trials from there, on validation questions
     python results/evidence.py plateau               # the arms from there, on test questions
@@ -40,7 +42,7 @@ from pathlib import Path
 
 import torch
 
-from arms import ABLATED, ABLATIONS, ARMS, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, WORLD, Arm
+from arms import ABLATED, ABLATIONS, ARMS, ARMS_2, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, TRIALS_2, WORLD, Arm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -342,19 +344,22 @@ def converge(name: str, seed: int) -> None:
     run.tokenizer.save_pretrained(CONVERGED)
 
 
-def trials(part: str, arms: dict, seed: int) -> list[tuple]:
+def trials(part: str, arms: dict, *seeds: int) -> list[tuple]:
     named = [[(f"{part}/{kind}-{name}", arm) for name, arm in those.items()] for kind, those in arms.items()]
-    return [(run_arm, name, arm, seed, "validation") for row in zip(*named, strict=True) for name, arm in row]
+    plan = [(name, arm) for row in zip(*named, strict=True) for name, arm in row]
+    return [(run_arm, f"{name}-{seed}" if len(seeds) > 1 else name, arm, seed, "validation") for seed in seeds for name, arm in plan]
 
 
-def final(part: str, arms: dict, seeds) -> list[tuple]:
-    return [(run_arm, f"{part}/{kind}-{seed}", arm, seed, "test") for seed in seeds for kind, arm in arms.items()]
+def final(part: str, arms: dict, seeds, split: str = "test") -> list[tuple]:
+    return [(run_arm, f"{part}/{kind}-{seed}", arm, seed, split) for seed in seeds for kind, arm in arms.items()]
 
 
 # (function, name of the result, further arguments), in the order of the runs
 PARTS = {
     "tune": trials("tune", TRIALS, 100),
     "loop": final("loop", ARMS, range(10, 18)),
+    "tune-2": trials("tune-2", TRIALS_2, 103, 104),
+    "loop-2": final("loop-2", ARMS_2, range(30, 38), "test-2"),
     "converge": [(converge, "converge", 101)],
     "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 102),
     "plateau": final("plateau", PLATEAU, range(20, 25)),

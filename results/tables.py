@@ -51,6 +51,10 @@ def final(rows: list[dict], name: str = "em") -> float:
     return float(em_at(rows, rows[0]["arm"]["budget"])) if name == "em" else evaluations(rows)[-1][name]
 
 
+def searches(rows: list[dict]) -> float:
+    return final(rows, "searches")
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and the half width of its 95 % interval."""
     half = T[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
@@ -76,26 +80,32 @@ def comparison(part: str, against: str = "grpo") -> str:
     for arm, seeds in runs.items():
         shared = sorted(seeds.keys() & runs[against].keys())
         cells = [arm, len(seeds)]
-        for value in (area, final):
+        for value in (area, final, searches):
             cells.append(plus_minus([value(rows) for rows in seeds.values()]))
             cells.append("" if arm == against else plus_minus([value(seeds[s]) - value(runs[against][s]) for s in shared], "+"))
         for level in LEVELS:
             reached = sorted(cost_of(rows, level) for rows in seeds.values())
             missed = sum(cost == float("inf") for cost in reached)
             cells.append(f"{median(reached) / 1e6:.2f}" + (f" ({missed} never)" if missed else ""))
-        for name, digits in (("searches", 2), ("leak", 3)):
-            cells.append(f"{mean(final(rows, name) for rows in seeds.values()):.{digits}f}")
+        cells.append(f"{mean(final(rows, 'leak') for rows in seeds.values()):.3f}")
         lines.append([*cells, f"{mean(rows[-1]['work_s'] for rows in seeds.values()):.0f}"])
     costs = [f"cost of {level}, M" for level in LEVELS]
-    return table(["arm", "seeds", "area", f"to {against}", "final EM", f"to {against}", *costs, "searches", "leak", "seconds"], lines)
+    to = f"to {against}"
+    text = table(["arm", "seeds", "area", to, "final EM", to, "searches", to, *costs, "leak", "seconds"], lines)
+    if {"search-e1", "rft"} <= runs.keys():
+        ours, theirs = runs["search-e1"], runs["rft"]
+        for name, value in (("area", area), ("final EM", final), ("searches", searches)):
+            difference = plus_minus([value(ours[s]) - value(theirs[s]) for s in sorted(ours.keys() & theirs.keys())], "+")
+            text += f"\n\nsearch-e1 to rft, {name}: {difference}"
+    return text
 
 
 def trials(part: str) -> str:
     keys = "stages grpo_lr ofsd_lr ofsd_questions ofsd_epochs students".split()
     lines = [
-        [name, f"{area(rows):.3f}", f"{final(rows):.3f}", f"{final(rows, 'searches'):.2f}", *(rows[0]["arm"][key] for key in keys)]
-        for name, seeds in read(part).items() for rows in seeds.values()
-    ]  # fmt: skip
+        [name, *(f"{mean(map(value, seeds.values())):.3f}" for value in (area, final, searches)), *(seeds[min(seeds)][0]["arm"][key] for key in keys)]
+        for name, seeds in read(part).items()
+    ]
     return table(["trial", "area", "final EM", "searches", "stages", "GRPO lr", "offline lr", "pool", "passes", "pairs a question"], lines)
 
 
@@ -163,16 +173,19 @@ def figure(part: str, title: str) -> None:
 
 def main() -> None:
     sections = [("Trials from the base, one development seed, validation questions", "tune", trials)]
-    sections += [("From the base", "loop", comparison), ("Trials from the converged policy", "tune-plateau", trials)]
+    sections += [("From the base", "loop", comparison)]
+    sections += [("Second round of trials, means of two development seeds, validation questions", "tune-2", trials)]
+    sections += [("From the base, second round", "loop-2", comparison), ("Trials from the converged policy", "tune-plateau", trials)]
     sections += [("From a policy that GRPO improves no more", "plateau", comparison)]
     sections += [("Stages of OFSD in search-e1, from the base", "loop", lambda part: stages(part, "search-e1"))]
+    sections += [("Stages of OFSD in search-e1, second round", "loop-2", lambda part: stages(part, "search-e1"))]
     sections += [("Stages of OFSD from the converged policy", "plateau", lambda part: stages(part, "search-e1"))]
     sections += [("One stage, one thing changed, validation questions", "ablations", lambda part: ablations())]
     text = "# Tables\n\nWritten by `python results/tables.py` from `results/evidence/`; what they mean: README.md.\n"
     text += "".join(f"\n## {title}\n\n{make(part)}\n" for title, part, make in sections if read(part))
     (HERE / "evidence.md").write_text(text, encoding="utf-8")
     print(text)
-    for part, title in (("loop", "From the base model"), ("plateau", "From a policy that GRPO improves no more")):
+    for part, title in (("loop", "From the base model"), ("loop-2", "From the base model, second round"), ("plateau", "From a policy that GRPO improves no more")):
         if read(part) and all(len(seeds) > 1 for seeds in read(part).values()):
             figure(part, title)
 

@@ -18,7 +18,7 @@ from rollout import load_model  # noqa: E402
 
 @pytest.fixture(scope="module")
 def sets():
-    names = "train", "validation", "test", "evidence-train", "evidence-validation", "evidence-test"
+    names = "train", "validation", "test", "evidence-train", "evidence-validation", "evidence-test", "evidence-test-2"
     return {name: load_questions(str(MICRO / f"{name}.jsonl")) for name in names}
 
 
@@ -31,7 +31,7 @@ def test_sizes_and_hops(sets):
 
 def test_the_agent_seldom_answers_the_questions_of_the_evidence(sets):
     """Two links have to be followed, and after each it goes on with the probability 1 - EARLY."""
-    for name in ("evidence-train", "evidence-validation", "evidence-test"):
+    for name in ("evidence-train", "evidence-validation", "evidence-test", "evidence-test-2"):
         for first, second, _ in (row["chain"] for row in sets[name]):
             assert (1 - make.EARLY[first]) * (1 - make.EARLY[second]) <= 0.1
 
@@ -43,8 +43,8 @@ def test_no_question_occurs_twice_in_text_or_in_substance(sets):
 
 
 def test_half_of_the_test_questions_are_about_entities_no_other_question_mentions(sets):
-    known = {name for part, questions in sets.items() if not part.endswith("test") for row in questions for name in row["path"]}
-    for part in ("test", "evidence-test"):
+    known = {name for part, questions in sets.items() if "test" not in part for row in questions for name in row["path"]}
+    for part in ("test", "evidence-test", "evidence-test-2"):
         held = [row for row in sets[part] if row["held_out"]]
         assert len(held) * 2 == len(sets[part])
         assert not known & {name for row in held for name in row["path"]}
@@ -71,7 +71,7 @@ def test_names_are_shared_so_that_half_a_name_finds_strangers(micro_index, sets)
 def test_the_committed_data_is_what_the_script_makes(tmp_path, command):
     assert command("micro/make.py", "--data-only", "--out", tmp_path).returncode == 0
     names = sorted(path.name for path in MICRO.glob("*.jsonl"))
-    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names and len(names) == 7
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names and len(names) == 8
     for name in names:
         assert (tmp_path / name).read_text() == (MICRO / name).read_text()
 
