@@ -29,7 +29,7 @@ from statistics import mean
 
 from datasets import load_dataset
 
-from retriever import BadInput, Parser, RemoteRetriever, at_least, open_index, read_jsonl, run_script
+from retriever import BadInput, Parser, RemoteRetriever, at_least, open_index, printable, read_jsonl, run_script, whole
 from rollout import Trajectory, load_model, rollout, standard_prompt
 
 
@@ -99,7 +99,7 @@ def load_questions(spec: str) -> list[dict]:
             raise BadInput(f'{where}: "question" is missing or empty')
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise BadInput(f'{where}: "golden_answers" must be a list of at least one non-empty string')
-        questions.append({**row, "id": str(row.get("id", len(questions)))})
+        questions.append({**row, "id": str(row.get("id", len(questions))), "question": whole(asked), "golden_answers": [*map(whole, answers)]})
     if not questions:
         raise BadInput(f"{spec}: no questions in it")
     return questions
@@ -117,6 +117,12 @@ def load_mixture(specs: str, test_set: list[dict]) -> list[dict]:
             raise BadInput(f"{spec}: {len(shared)} training questions are test questions, such as {shared[0]!r}: remove them there")
         mixture += questions
     return mixture
+
+
+def rewards_of(questions: list[dict], trajectories: list[Trajectory]) -> list[float]:
+    """Exact match of each trajectory; they are question-major, as rollout() returns them."""
+    size = len(trajectories) // len(questions)
+    return [exact_match(t.answer, questions[i // size]["golden_answers"]) for i, t in enumerate(trajectories)]
 
 
 def score(questions: list[dict], trajectories: list[Trajectory]) -> dict:
@@ -206,6 +212,27 @@ def print_table(results: dict[str, dict], published: bool) -> None:
             print(f"{name:28}" + "".join(f"{em:11.3f}" for em in row) + f"{mean(row):9.3f}")
 
 
+def report(folder: Path, evaluations: list[dict]) -> None:
+    """The table of a training run, and one of its questions before and after."""
+    kinds = sorted({kind for row in evaluations for kind in row["em_by"]})
+    print(f"\n{evaluations[0]['n']} test questions, greedy; edge: the teacher's, sampled, before the stage")
+    print(f"{'stage':8}{'EM':>8}{'F1':>8}" + "".join(f"{'EM ' + kind:>{len(kind) + 5}}" for kind in kinds)
+          + f"{'searches':>10}{'answered':>10}{'edge':>8}{'supported':>11}{'minutes':>9}")  # fmt: skip
+    for row in evaluations:
+        edges = [f"{row[name]:+.3f}" if row.get(name) is not None else "" for name in ("edge", "edge_supported")]
+        print(f"{row['stage']:8}{row['em']:8.3f}{row['f1']:8.3f}"
+              + "".join(f"{row['em_by'].get(kind, float('nan')):{len(kind) + 5}.3f}" for kind in kinds)
+              + f"{row['searches']:10.2f}{row['answered']:10.3f}{edges[0]:>8}{edges[1]:>11}{row['time_s'] / 60:9.1f}")  # fmt: skip
+    rows = [row for _, row in read_jsonl(folder / "trajectories.jsonl") if row["kind"] == "eval"]
+    before, after = ([row for row in rows if row["stage"] == evaluations[i]["stage"]] for i in (0, -1))
+    # The longest road to a right answer among those that went wrong before, if there is one.
+    chosen = max(range(len(after)), key=lambda i: (after[i]["em"] - before[i]["em"], len(after[i]["queries"])))
+    for title, row in (("before", before[chosen]), ("after", after[chosen])):
+        print(printable(f"\n{title}: {row['question']}  (answer: {' / '.join(row['golden_answers'])})"))
+        print(printable("".join(text for _, text in row["text"]).strip()))
+    print(f"\nmetrics, trajectories and the model are in {folder}")
+
+
 def commit() -> str:
     """The commit of this code, with a + where files differ from it; empty outside a repository."""
     how = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -226,6 +253,7 @@ def main() -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--corpus", help="JSON lines of passages, plain or .gz; CORPUS.bm25 is their saved index, if it is newer")
     where.add_argument("--retriever-url", help="a server that speaks Search-R1's protocol, in place of a corpus")
+    parser.add_argument("--on-search-failure", choices=("nothing", "stop"), default="nothing", help="of a server, when it was asked again")
     parser.add_argument("--limit", type=at_least(1), help="only the first so many questions of a set")
     parser.add_argument("--k", type=at_least(1), default=3, help="passages a search")
     parser.add_argument("--max-searches", type=at_least(0), default=4, help="searches a question")
@@ -244,7 +272,7 @@ def main() -> None:
     if missing := [corpus for corpus in corpora.values() if corpus and not Path(corpus).is_file()]:
         raise BadInput(f"no such file: {missing[0]}")
     model, tokenizer = load_model(args.model)
-    shared = RemoteRetriever(args.retriever_url) if args.retriever_url else open_index(args.corpus) if args.corpus else None
+    shared = RemoteRetriever(args.retriever_url, on_failure=args.on_search_failure) if args.retriever_url else open_index(args.corpus) if args.corpus else None
     made_with = {
         "model": args.model, "retriever": args.retriever_url or "BM25", "k": args.k, "max_searches": args.max_searches,
         "prompt": standard_prompt(tokenizer, "{question}"), "temperature": 0, "limit": args.limit,
@@ -255,6 +283,7 @@ def main() -> None:
         how = dict(k=args.k, max_searches=args.max_searches, progress=name)
         row = evaluate(model, tokenizer, shared or open_index(corpora[name]), questions, **how)
         row["em_interval"] = interval(row["em"], row["n"])
+        row["failed_searches"] = getattr(shared, "failed", 0) - sum(done["failed_searches"] for done in results.values())
         results[name] = row | {"questions": specs[name], "corpus": corpora[name]}
         if args.out:  # after each set, so that a run that dies has lost one set
             text = json.dumps(made_with | {"results": results, "averages": averages(results)}, indent=2)

@@ -29,7 +29,13 @@ Deviations from the paper
        the start policy's pass is a fourth of an update.
 """
 
+import copy
+import hashlib
+import math
+import os
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -243,7 +249,8 @@ def micro_batches(items: list, size: int, length) -> list[list]:
 
 
 def update(optimizer, max_norm: float) -> float:
-    """Add up the ranks' gradients, clip, step, clear; the gradient's norm before it was clipped."""
+    """Add up the ranks' gradients, clip, step, clear; the gradient's norm before it was clipped. Where
+    that is not a finite number nothing changes: one bad batch must not turn the weights into NaN."""
     parameters = optimizer.param_groups[0]["params"]
     if dist.is_initialized():
         for parameter in parameters:
@@ -251,9 +258,23 @@ def update(optimizer, max_norm: float) -> float:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
-    optimizer.step()
+    if math.isfinite(norm):
+        optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def batch_stats(trajectories: list, rewards: torch.Tensor) -> dict[str, float]:
+    """What a batch of rollouts and its rewards (Q, G) say before anything is trained."""
+    count = len(trajectories)
+    return {
+        "reward": rewards.mean().item(),
+        "zero_var": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
+        "length": sum(len(t.response_ids) for t in trajectories) / count,
+        "searches": sum(len(t.queries) for t in trajectories) / count,
+        "no_answer": sum(t.answer is None for t in trajectories) / count,
+        "repeats": sum(len(set(map(str.lower, t.queries))) < len(t.queries) for t in trajectories) / count,
+    }
 
 
 def grpo_step(model, start, optimizer, trajectories: list, rewards: torch.Tensor, config) -> dict:
@@ -308,6 +329,65 @@ def grpo_step(model, start, optimizer, trajectories: list, rewards: torch.Tensor
         stats["grad_norm"] += update(optimizer, config.max_grad_norm) / config.updates
     stats |= {name: over_ranks(stats[name]) for name in ("loss", "kl", "clip_frac", "entropy")}
     return stats | {"logprob_gap": over_ranks(stats["logprob_gap"], dist.ReduceOp.MAX)}
+
+
+# ---------------------------------------------------------------- kept
+
+
+def frozen_copy(model):
+    """On a GPU in bfloat16, in half the memory: autocast computes in it anyway."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return frozen.bfloat16() if model.device.type == "cuda" else frozen
+
+
+def random_states(new: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+    """torch's random states, of the CPU and of every GPU; set to new ones first, if any are given."""
+    cuda = torch.cuda.is_available()
+    if new:
+        torch.set_rng_state(new[0])
+        if cuda:
+            torch.cuda.set_rng_state_all(new[1:])
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])]
+
+
+def checksum_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """One file, NUMBER-CHECKSUM.pt: flushed and then renamed, so it is there as a whole or not at
+    all. The last two are kept. Raises OSError where it cannot be written."""
+    folder.mkdir(exist_ok=True)
+    old, new = sorted(folder.glob("*.pt")), folder / "new"
+    try:
+        with open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        number = int(old[-1].name[:6]) + 1 if old else 1
+        os.replace(new, folder / f"{number:06d}-{checksum_of(new)}.pt")
+    except (OSError, RuntimeError) as error:  # torch's own complaint hides what the file said
+        new.unlink(missing_ok=True)
+        raise OSError(f"cannot write a checkpoint to {folder}: {error.__context__ or error}") from None
+    for path in old[:-1]:
+        path.unlink()
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The last one that is whole; one that is not is put aside, and said so. weights_only: a
+    file of someone else's can hold numbers and text, but no code."""
+    for path in sorted(folder.glob("*.pt"), reverse=True):
+        try:
+            if path.stem.endswith(checksum_of(path)):
+                return torch.load(path, map_location="cpu", weights_only=True)
+            error = "it is cut off or changed"
+        except Exception as caught:  # whatever a file that is no checkpoint makes torch raise
+            error = " ".join(str(caught).split())[:200]
+        print(f"{path} is left out: {error}", file=sys.stderr)
+        if path.exists():  # of several processes the first does it
+            path.replace(path.with_suffix(".damaged"))
+    return None
 
 
 if __name__ == "__main__":

@@ -40,12 +40,13 @@ Deviations from the paper
 
 import math
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
+from grpo import backward_in_chunks, micro_batches, output_layer, over_ranks, policy_hidden, rank_and_ranks, update
 from retriever import BadInput
-from rollout import Trajectory, chat_ids, decode, encode, fit_lengths, neutralise, parse_turn, standard_prompt
+from rollout import Trajectory, autocast, chat_ids, decode, encode, fit_lengths, neutralise, parse_turn, standard_prompt
 
 PRIVILEGED = """\
 {prompt}
@@ -92,6 +93,29 @@ def mine_pair(trajectories: list[Trajectory], rewards) -> tuple[Trajectory, Traj
     if student is None or (student in correct and gaps[student] == (0, 0.0)):
         return None
     return trajectories[first], trajectories[student]
+
+
+def mine_pairs(
+    tokenizer, questions: list[dict], trajectories: list[Trajectory], rewards: list[float], *, context: int, max_tokens: int
+) -> tuple[list[tuple], dict]:
+    """Of question-major trajectories, the pairs as (question, reference, student, privileged prompt),
+    and how many questions gave one, and why others gave none. context: tokens that the model can
+    hold, prompt and response together; max_tokens: of the prompt."""
+    pairs, counts = [], dict(pairs=0, no_correct=0, no_contrast=0, too_long=0)
+    size = len(trajectories) // len(questions)
+    for i, question in enumerate(questions):
+        group = slice(i * size, (i + 1) * size)
+        pair = mine_pair(trajectories[group], rewards[group])
+        if pair is None:
+            counts["no_contrast" if any(rewards[group]) else "no_correct"] += 1
+            continue
+        room = min(max_tokens, context - len(pair[1].response_ids))
+        prompt = privileged_prompt(tokenizer, question["question"], pair[0], room)
+        if prompt is None:
+            counts["too_long"] += 1
+            continue
+        pairs.append((question, *pair, prompt))
+    return pairs, counts | {"pairs": len(pairs)}
 
 
 def privileged_prompt(
@@ -209,6 +233,31 @@ def distill_loss(
     inside = loss_mask.bool()
     divergence = divergences(student_logits[inside], teacher_logits[inside], kind=kind, clip=clip, tau=tau)  # (N,)
     return divergence.sum() / (num_tokens or max(len(divergence), 1))
+
+
+def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config, adapters: "Adapters | None" = None) -> dict:
+    """One update on a batch of pairs (question, reference, student, privileged prompt), of which the last two
+    are read; config is train.py's. With adapters the teacher is the model itself, with them off."""
+    num_tokens = sum(sum(student.loss_mask) for _, _, student, _ in pairs)
+    taught_head = output_layer(teacher)
+
+    def loss(logits, taught):
+        with torch.no_grad():
+            taught_logits = taught_head(taught)  # (n, V)
+        how = dict(kind=config.divergence, clip=config.clip, tau=config.tau)
+        return divergences(logits, taught_logits, **how).sum() / num_tokens
+
+    total = 0.0
+    rank, ranks = rank_and_ranks()
+    for group in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[2].response_ids))[rank::ranks]:
+        # The same ids for both readers.
+        texts = [student.response_ids for _, _, student, _ in group], [student.loss_mask for _, _, student, _ in group]
+        with autocast(model.device):
+            with torch.no_grad(), adapters.off() if adapters else nullcontext():
+                taught = policy_hidden(teacher, [prompt for *_, prompt in group], *texts)  # (N, H)
+            hidden = policy_hidden(model, [student.prompt_ids for _, _, student, _ in group], *texts)  # (N, H)
+            total += backward_in_chunks(model, loss, hidden, taught)
+    return {"loss": over_ranks(total), "grad_norm": update(optimizer, config.max_grad_norm)}
 
 
 class Adapters:

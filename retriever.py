@@ -29,6 +29,7 @@ import re
 import secrets
 import sys
 import time
+import unicodedata
 import urllib.request
 import zlib
 from array import array
@@ -49,6 +50,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def printable(text: str) -> str:
+    r"""Text of others for a terminal: what would move its cursor, ring its bell, change its colours or
+    turn the direction of writing is shown as an escape.
+
+    >>> printable("red\x1b[31m\u202e alert")
+    'red\\x1b[31m\\u202e alert'
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
+
+
+def whole(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can carry but neither UTF-8 nor a tokenizer."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def at_least(least: int):
@@ -116,7 +132,7 @@ def read_corpus(path):
         title, text = row.get("title", ""), row.get("text")
         if not isinstance(text, str) or not isinstance(title, str) or "id" not in row:
             raise BadInput(f'{where}: a passage needs "id" and either "title" and "text" or "contents"')
-        yield Passage(str(row["id"]), title, text)
+        yield Passage(str(row["id"]), whole(title), whole(text))
     if not where:
         raise BadInput(f"{path}: the corpus is empty")
 
@@ -350,20 +366,30 @@ class RemoteRetriever:
 
     timeout: seconds an attempt may take. What may pass by itself (no connection, a time-out, a
     server's error 5xx) is tried again, `retries` times, after 1, 2, 4, ... seconds; then, or where
-    the server answers what is not of this form, SearchFailed is raised.
+    the server answers what is not of this form, SearchFailed is raised, or, with on_failure "nothing",
+    the queries find nothing, which is said on standard error and counted in `failed`.
     """
 
-    def __init__(self, url: str, timeout: float = 60.0, retries: int = 3, pause: float = 1.0):
+    def __init__(self, url: str, timeout: float = 60.0, retries: int = 3, pause: float = 1.0, on_failure: str = "stop"):
         if not re.match(r"https?://[^/]", url):
             raise BadInput(f"a retriever's URL begins with http:// or https://, unlike {url!r}")
         self.url, self.timeout, self.retries, self.pause = url, timeout, retries, pause
+        self.on_failure, self.failed = on_failure, 0
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """As BM25.search, in one request."""
         if k < 1:
             raise BadInput(f"k must be at least 1, not {k}")
-        if not queries:
-            return []
+        try:
+            return self._ask(queries, k) if queries else []
+        except SearchFailed as error:
+            if self.on_failure == "stop":
+                raise
+            self.failed += len(queries)
+            print(f"{len(queries)} searches find nothing: {error}", file=sys.stderr)
+            return [[] for _ in queries]
+
+    def _ask(self, queries: list[str], k: int) -> list[list[Passage]]:
         answer = self._post({"queries": list(queries), "topk": k, "return_scores": True})
         try:
             found = [[self._passage(hit) for hit in hits] for hits in answer["result"]]
@@ -376,7 +402,7 @@ class RemoteRetriever:
     def _passage(self, hit: dict) -> Passage:
         document = hit["document"]
         parts = title_and_text(document["contents"])
-        return Passage(str(document.get("id", "")), parts["title"], parts["text"], float(hit["score"]))
+        return Passage(str(document.get("id", "")), whole(parts["title"]), whole(parts["text"]), float(hit["score"]))
 
     def _post(self, body: dict):
         request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -408,7 +434,7 @@ def main() -> None:
     left, right = ("*", "*") if plain else ("\033[1m", "\033[0m")
     mark = lambda word: f"{left}{word[0]}{right}" if word[0].lower() in matched else word[0]  # noqa: E731
     for rank, passage in enumerate(found, start=1):
-        marked = re.sub(r"\w+", mark, f"{passage.title}: {passage.text}")
+        marked = re.sub(r"\w+", mark, printable(f"{passage.title}: {passage.text}"))
         print(f"{rank}. {passage.score:.4f}  {marked}")
     if not found:
         print("No passage holds any of these words.")

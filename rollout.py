@@ -29,10 +29,12 @@ Deviations from the paper
 import inspect
 import logging
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -104,6 +106,20 @@ def load_model(name: str):
         raise BadInput(f"{name}: no usable tokenizer there (it has no words or no end-of-sequence token)")
     RowCache(model)  # refuses a model that it could not sample
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """In transformers' form, written beside and then renamed: the folder never holds half a model.
+    Raises OSError where it cannot be written."""
+    new = folder.with_name(folder.name + ".new")
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    except SafetensorError as error:
+        shutil.rmtree(new)
+        raise OSError(f"cannot write {folder}: {error}") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def encode(tokenizer, text: str) -> list[int]:

@@ -7,11 +7,13 @@
 
     python train.py                               # two rounds on the micro world; minutes on 2 cores
     python train.py --seed 1 --out runs/seed1     # every field of Config is a flag
+    python train.py --resume runs/seed1           # goes on where it stood, to the same weights, bit for bit
     torchrun --standalone --nproc-per-node 2 train.py   # a process a device; the gradient is that of one
 
 It writes to runs/NAME: config.json; metrics.jsonl, a line a step, a mining and an evaluation
-(kind says which); trajectories.jsonl, every evaluation's answers and every mined pair; and
-model/, which transformers loads.
+(kind says which); trajectories.jsonl, every evaluation's answers and every mined pair; model/,
+which transformers loads; and checkpoints/, the last two, each one file that is there as a whole
+or not at all. Ctrl-C finishes the step, saves, and says how to go on; a second one does not wait.
 
 What a step's line says: reward; zero_var, the share of groups with equal rewards (they teach
 nothing); kl to the start policy (k3); clip_frac; entropy; grad_norm; length of a response in
@@ -29,14 +31,17 @@ Deviations from the paper
        teacher's supported edge before the second distillation was -.08 to +.07 on validation.
 """
 
-import copy
+import argparse
 import json
+import math
 import os
 import random
+import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+import zlib
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -44,14 +49,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import set_seed
 
-from eval import exact_match, load_mixture, load_questions, score
+from eval import exact_match, load_mixture, load_questions, report, rewards_of, score
 from grpo import (
-    backward_in_chunks, grpo_step, knows_output_layer, micro_batches, output_layer, over_ranks, policy_hidden, rank_and_ranks,
-    same_on_all_ranks, update,
+    batch_stats, frozen_copy, grpo_step, knows_output_layer, load_checkpoint, random_states, rank_and_ranks, same_on_all_ranks,
+    save_checkpoint,
 )  # fmt: skip
-from ofsd import Adapters, divergences, mine_pair, privileged_prompt, spans
-from retriever import BadInput, Parser, RemoteRetriever, open_index, run_script
-from rollout import Trajectory, autocast, context_length, decode, load_model, rollout
+from ofsd import Adapters, mine_pairs, ofsd_step, spans
+from retriever import BadInput, Parser, RemoteRetriever, SearchFailed, open_index, run_script
+from rollout import Trajectory, context_length, decode, load_model, rollout, save_model
 
 
 def setting(default, help: str):
@@ -65,6 +70,7 @@ class Config:
     eval_questions: str = setting("micro/test.jsonl", "questions of the final table")
     corpus: str = setting("micro/corpus.jsonl", "passages to search: JSON lines; CORPUS.bm25 is their saved index, if it is newer")
     retriever_url: str = setting("", "a server that speaks Search-R1's protocol, in place of a corpus")
+    on_search_failure: str = setting("stop", "where the server fails, asked again: stop, or nothing (the searches find nothing)")
     out: str = setting("", "folder of this run; must not exist (default: runs/ and the date)")
     seed: int = setting(0, "seed of Python, numpy, torch and sampling")
     rounds: int = setting(2, "rounds of GRPO and then OFSD")
@@ -100,10 +106,12 @@ class Config:
     gradient_checkpointing: bool = setting(False, "keep only each layer's input for the backward pass: less memory, a third more time")
     rollout_batch: int = setting(256, "trajectories in flight while sampling")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
+    save_every: int = setting(10, "steps between two checkpoints in a stage")
     eval_limit: int = setting(0, "evaluate on the first so many questions only (0: all)")
 
     def __post_init__(self):
-        for name, allowed in {"divergence": ("forward_kl", "reverse_kl", "jsd"), "clip": ("none", "entry", "position")}.items():
+        choices = {"divergence": ("forward_kl", "reverse_kl", "jsd"), "clip": ("none", "entry", "position"), "on_search_failure": ("stop", "nothing")}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.prompt and "{question}" not in self.prompt:
@@ -116,20 +124,23 @@ class Config:
                 raise BadInput(f"{item.name} must be {'at least 0' if item.name in zero_allowed else 'above 0'}, not {value}")
 
 
+BAD_UPDATES = 3  # without a finite gradient, one after the other, end a run
+
+
 class Run:
     """What both stages need at hand: the policy and its tools, and the files of the run."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, resume: bool = False):
         # Everything that can be wrong with the input is found before the folder is made.
         self.config = config
         self.rank, self.ranks = rank_and_ranks()
         self.folder = Path(config.out or time.strftime("runs/%Y%m%d-%H%M%S-seed") + str(config.seed))
-        if self.folder.exists() and self.rank == 0:
+        if self.folder.exists() and self.rank == 0 and not resume:
             raise BadInput(f"{self.folder} exists already: choose another --out, or remove it")
         test_set = load_questions(config.eval_questions)
         self.train_set = load_mixture(config.questions, test_set)
         self.test_set = test_set[: config.eval_limit or None]
-        self.retriever = RemoteRetriever(config.retriever_url) if config.retriever_url else open_index(config.corpus)
+        self.retriever = RemoteRetriever(config.retriever_url, on_failure=config.on_search_failure) if config.retriever_url else open_index(config.corpus)
         self.retriever.search([self.train_set[0]["question"]], config.k)  # is the server there?
         self.model, self.tokenizer = load_model(config.model)
         if not knows_output_layer(self.model):
@@ -145,16 +156,32 @@ class Run:
         self.start = frozen_copy(self.model)
         self.evaluations: list[dict] = []
         self.began = time.time()
-        if self.rank:
-            return
-        try:
-            self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(f"cannot make the run's folder: {error}") from None
-        (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        # Where the run stands, as a checkpoint has it; and what a signal needs to know.
+        self.inputs = zlib.crc32(repr((self.train_set, self.test_set)).encode(errors="replace"))
+        for parameter in self.model.parameters():
+            self.inputs = zlib.crc32(parameter.detach().cpu().numpy(), self.inputs)
+        self.saved, self.bad_updates = {}, 0  # saved: the checkpoint to go on from
+        self.unsaved, self.stopping = False, 0
+        if resume:
+            self.restore()
+        elif self.rank == 0:
+            try:
+                self.folder.mkdir(parents=True)
+            except OSError as error:
+                raise BadInput(f"cannot make the run's folder: {error}") from None
+            (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
     def log(self, kind: str, stage: str, **metrics) -> None:
-        self.append("metrics.jsonl", {"kind": kind, "stage": stage, **metrics, "time_s": time.time() - self.began})
+        row = {"kind": kind, "stage": stage, **metrics, "time_s": time.time() - self.began}
+        finite = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()}
+        self.append("metrics.jsonl", finite)
+
+    def gather(self, value) -> list:
+        """Every rank's value."""
+        values = [value] * self.ranks
+        if self.ranks > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def append(self, name: str, row: dict) -> None:
         if self.rank:
@@ -169,10 +196,7 @@ class Run:
             self.model, self.tokenizer, self.retriever, [q["question"] for q in questions[mine]],
             prompts=prompts and prompts[mine], group_size=group_size, **self.sampling(), **how,
         )  # fmt: skip
-        if self.ranks == 1:
-            return trajectories
-        parts: list = [None] * self.ranks
-        dist.all_gather_object(parts, trajectories)
+        parts = self.gather(trajectories)
         groups = [(i % self.ranks, i // self.ranks * group_size) for i in range(len(questions))]
         return [t for rank, first in groups for t in parts[rank][first : first + group_size]]
 
@@ -191,8 +215,7 @@ class Run:
             self.append("trajectories.jsonl", {"kind": "eval", "stage": stage, "id": question["id"], "em": em}
                         | self.as_json(trajectory) | {"golden_answers": question["golden_answers"]})  # fmt: skip
         if self.rank == 0:
-            self.model.save_pretrained(self.folder / "model")
-            self.tokenizer.save_pretrained(self.folder / "model")
+            save_model(self.model, self.tokenizer, self.folder / "model")
         print(f"test, {stage}: EM {metrics['em']:.3f}, {metrics['searches']:.2f} searches, "
               f"{metrics['answered']:.3f} answered, {(time.time() - self.began) / 60:.1f} min")  # fmt: skip
 
@@ -202,11 +225,79 @@ class Run:
         names = "question", "answer", "queries", "finish_reason"
         return {name: getattr(trajectory, name) for name in names} | {"text": text}
 
+    def checkpoint(self, stage: str, step: int, **more) -> None:
+        """Save that so many steps of a stage are done; more: what this stage wants back. Nothing draws
+        from numpy's or Python's global random states, so they are not in it."""
+        state = {
+            "stage": stage, "step": step, **more, "inputs": self.inputs, "model": self.model.state_dict(),
+            "rng": self.rng.getstate(), "torch": self.gather(random_states()), "bad_updates": self.bad_updates,
+            "evaluations": self.evaluations, "time_s": time.time() - self.began,
+            "sizes": {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")},
+        }  # fmt: skip
+        if self.rank == 0:
+            save_checkpoint(self.folder / "checkpoints", state)
+        self.saved, self.unsaved = {"stage": stage}, False
 
-def frozen_copy(model):
-    """On a GPU in bfloat16, in half the memory: autocast computes in it anyway."""
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    return frozen.bfloat16() if model.device.type == "cuda" else frozen
+    def restore(self) -> None:
+        """Policy, random states, and the logs as long as they were at the last whole checkpoint."""
+        saved = self.saved = load_checkpoint(self.folder / "checkpoints")
+        if saved is None:
+            raise BadInput(f"{self.folder} holds no whole checkpoint to resume from")
+        if saved["inputs"] != self.inputs or len(saved["torch"]) != self.ranks:
+            raise BadInput(f"{self.folder}: the model, the questions or the number of processes is another than when it began")
+        self.evaluations, self.bad_updates = saved["evaluations"], saved["bad_updates"]
+        self.began -= saved["time_s"]
+        self.model.load_state_dict(saved["model"])
+        self.rng.setstate(saved["rng"])
+        random_states(saved["torch"][self.rank])
+        for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():
+            os.truncate(path, saved["sizes"].get(path.name, 0))
+
+    def restore_stage(self, optimizer, teacher=None) -> dict:
+        """What this stage saved after a step, once all is put back; {} where the stage begins."""
+        saved, self.saved = self.saved, {}
+        if not saved.get("step"):
+            return {}
+        optimizer.load_state_dict(saved["optimizer"])
+        for parameter, value in zip(optimizer.param_groups[0]["params"], saved.get("adapters", [])):
+            parameter.data.copy_(value)
+        if "teacher" in saved:
+            teacher.load_state_dict(saved["teacher"])
+        random_states(saved["torch"][self.rank])  # adapters have drawn from it
+        return saved
+
+    def stop(self, number: int, _frame=None) -> None:
+        """A signal's handler."""
+        if self.stopping or not self.unsaved:
+            raise Stopped(number)
+        self.stopping = number
+        print("finishing this step, then saving (once more: stop at once)", file=sys.stderr)
+
+    def end_step(self, stage: str, step: int, steps: int, stats: dict, **saved) -> None:
+        """Log a step; save it where that is due, it is the last, or a signal came."""
+        skipped = not math.isfinite(stats["loss"] + stats["grad_norm"])
+        self.bad_updates = self.bad_updates + 1 if skipped else 0
+        self.log("step", stage, step=step, **stats, skipped=skipped)
+        if self.bad_updates == BAD_UPDATES:
+            raise BadInput(f"{stage}, step {step}: the {BAD_UPDATES} last updates had no finite gradient and were skipped. "
+                           f"The checkpoint before them is whole; a lower learning rate may help")  # fmt: skip
+        stopping = max(self.gather(self.stopping))  # a signal reaches the ranks at different times
+        if stopping or step == steps or step % self.config.save_every == 0:
+            self.checkpoint(stage, step, **saved)
+        if stopping:
+            raise Stopped(stopping)
+
+
+class Stopped(Exception):
+    """By a signal, whose number it carries; all is saved."""
+
+
+def training_state(optimizer, adapters: Adapters | None, teacher=None) -> dict:
+    """What a checkpoint inside a stage holds beside the policy."""
+    state = {"optimizer": optimizer.state_dict()}
+    if adapters:
+        return state | {"adapters": [parameter.data for parameter in adapters.parameters()]}
+    return state | {"teacher": teacher.state_dict()} if teacher else state
 
 
 def trainable(model, lora_rank: int) -> tuple[Adapters | None, list]:
@@ -223,38 +314,30 @@ def trainable(model, lora_rank: int) -> tuple[Adapters | None, list]:
 COLUMNS = "reward zero_var kl clip_frac entropy grad_norm length searches no_answer repeats logprob_gap".split()
 
 
-def grpo_stage(run: Run, number: int) -> None:
+def grpo_stage(run: Run, stage: str, number: int) -> None:
     """Stage grpo-<number>; number counts the rounds from 1."""
-    config, stage = run.config, f"grpo-{number}"
+    config = run.config
     adapters, trained = trainable(run.model, config.grpo_lora_rank)
     optimizer = torch.optim.AdamW(trained, lr=config.grpo_lr, weight_decay=0.0)
     print(f"\n{stage}: {config.grpo_steps} steps\n step " + " ".join(f"{name:>8}" for name in COLUMNS) + "  seconds")
-    waiting: list[dict] = []  # each pass over the questions is a fresh shuffle
-    for step in range(1, config.grpo_steps + 1):
-        began = time.time()
+    saved = run.restore_stage(optimizer)
+    waiting: list[int] = saved.get("waiting", [])  # each pass over the questions is a fresh shuffle
+    for step in range(saved.get("step", 0) + 1, config.grpo_steps + 1):
+        run.unsaved, began = True, time.time()
         done = (number - 1) * config.grpo_steps + step - 1
         optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - done / (config.rounds * config.grpo_steps))
         while len(waiting) < config.questions_per_step:
-            waiting += run.rng.sample(run.train_set, len(run.train_set))
-        questions, waiting = waiting[: config.questions_per_step], waiting[config.questions_per_step :]
+            waiting += run.rng.sample(range(len(run.train_set)), len(run.train_set))
+        questions = [run.train_set[i] for i in waiting[: config.questions_per_step]]
+        waiting = waiting[config.questions_per_step :]
         trajectories = run.sample(questions, group_size=config.group_size, progress="rollout")
-        golds = [q["golden_answers"] for q in questions for _ in range(config.group_size)]
-        rewards = torch.tensor([exact_match(t.answer, gold) for t, gold in zip(trajectories, golds)])
-        rewards = rewards.view(-1, config.group_size)  # (Q, G)
+        rewards = torch.tensor(rewards_of(questions, trajectories)).view(-1, config.group_size)  # (Q, G)
         sampled_s = time.time() - began
         stats = grpo_step(run.model, run.start, optimizer, trajectories, rewards, config)
-        count = len(trajectories)
-        stats |= {
-            "reward": rewards.mean().item(),
-            "zero_var": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
-            "length": sum(len(t.response_ids) for t in trajectories) / count,
-            "searches": sum(len(t.queries) for t in trajectories) / count,
-            "no_answer": sum(t.answer is None for t in trajectories) / count,
-            "repeats": sum(len(set(map(str.lower, t.queries))) < len(t.queries) for t in trajectories) / count,
-        }
-        run.log("step", stage, step=step, **stats, rollout_s=sampled_s, step_s=time.time() - began)
+        stats |= batch_stats(trajectories, rewards) | {"rollout_s": sampled_s, "step_s": time.time() - began}
         values = " ".join(f"{stats[name]:{max(8, len(name))}.3g}" for name in COLUMNS)
         print(f"{step:5d} {values} {time.time() - began:8.1f}")
+        run.end_step(stage, step, config.grpo_steps, stats, waiting=waiting, **training_state(optimizer, adapters))
     if adapters:
         adapters.merge()
 
@@ -264,22 +347,8 @@ def grpo_stage(run: Run, number: int) -> None:
 
 def mine(run: Run, questions: list[dict], trajectories: list[Trajectory]) -> tuple[list[tuple], dict]:
     """Pairs as (question, reference, student, privileged prompt), and what was counted."""
-    pairs, counts = [], dict(pairs=0, no_correct=0, no_contrast=0, too_long=0)
-    size = run.config.group_size
-    for i, question in enumerate(questions):
-        group = trajectories[i * size : (i + 1) * size]
-        rewards = [exact_match(t.answer, question["golden_answers"]) for t in group]
-        pair = mine_pair(group, rewards)
-        if pair is None:
-            counts["no_contrast" if any(rewards) else "no_correct"] += 1
-            continue
-        room = min(run.config.max_reference_tokens, context_length(run.model) - len(pair[1].response_ids))
-        prompt = privileged_prompt(run.tokenizer, question["question"], pair[0], room)
-        if prompt is None:
-            counts["too_long"] += 1
-            continue
-        pairs.append((question, *pair, prompt))
-    return pairs, counts | {"pairs": len(pairs)}
+    limits = dict(context=context_length(run.model), max_tokens=run.config.max_reference_tokens)
+    return mine_pairs(run.tokenizer, questions, trajectories, rewards_of(questions, trajectories), **limits)
 
 
 def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
@@ -296,32 +365,8 @@ def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
     }
 
 
-def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config: Config, adapters: Adapters | None = None) -> dict:
-    """One update on a batch of pairs. With adapters the teacher is the model itself, without them."""
-    num_tokens = sum(sum(student.loss_mask) for _, _, student, _ in pairs)
-    taught_head = output_layer(teacher)
-
-    def loss(logits, taught):
-        with torch.no_grad():
-            taught_logits = taught_head(taught)  # (n, V)
-        how = dict(kind=config.divergence, clip=config.clip, tau=config.tau)
-        return divergences(logits, taught_logits, **how).sum() / num_tokens
-
-    total = 0.0
-    rank, ranks = rank_and_ranks()
-    for group in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[2].response_ids))[rank::ranks]:
-        # The same ids for both readers.
-        texts = [student.response_ids for _, _, student, _ in group], [student.loss_mask for _, _, student, _ in group]
-        with autocast(model.device):
-            with torch.no_grad(), adapters.off() if adapters else nullcontext():
-                taught = policy_hidden(teacher, [prompt for *_, prompt in group], *texts)  # (N, H)
-            hidden = policy_hidden(model, [student.prompt_ids for _, _, student, _ in group], *texts)  # (N, H)
-            total += backward_in_chunks(model, loss, hidden, taught)
-    return {"loss": over_ranks(total), "grad_norm": update(optimizer, config.max_grad_norm)}
-
-
-def ofsd_stage(run: Run, stage: str) -> dict:
-    """Returns the teacher's edge, for the table."""
+def mine_stage(run: Run, stage: str) -> tuple[list[tuple], dict]:
+    """The pairs to distil, none where the stage is to be skipped, and the teacher's edge."""
     config = run.config
     began = time.time()
     questions = run.rng.sample(run.train_set, min(config.ofsd_questions or len(run.train_set), len(run.train_set)))
@@ -339,26 +384,43 @@ def ofsd_stage(run: Run, stage: str) -> dict:
           f"trajectory, {counts['no_contrast']} without contrast, {counts['too_long']} too long)")  # fmt: skip
     if not pairs:
         print("no pair to learn from: this stage is skipped")
-        return edge
+        return [], edge
     print(f"teacher's edge {edge['edge']:+.3f} EM, supported {edge['edge_supported']:+.3f}")
     if skipped:
         print("the teacher has no supported edge over the student: this stage is skipped (--force-ofsd runs it)")
-        return edge
+        return [], edge
+    return pairs, edge
+
+
+def ofsd_stage(run: Run, stage: str) -> dict:
+    """Returns the teacher's edge, for the table."""
+    config = run.config
+    mined = {name: run.saved[name] for name in ("pairs", "batches", "edge") if name in run.saved}
+    if not mined:
+        pairs, edge = mine_stage(run, stage)
+        shuffled = [run.rng.sample(range(len(pairs)), len(pairs)) for _ in range(config.ofsd_epochs)]
+        batches = [order[i : i + config.ofsd_batch] for order in shuffled for i in range(0, len(order), config.ofsd_batch)]
+        texts = [(s.prompt_ids, s.response_ids, s.loss_mask, prompt) for _, _, s, prompt in pairs]
+        mined = dict(pairs=texts, batches=batches, edge=edge)
+        run.checkpoint(stage, 0, **mined)
+    # Training reads of a pair only this much.
+    pairs = [({}, None, Trajectory("", *texts), prompt) for *texts, prompt in mined["pairs"]]
+    batches = mined["batches"]
+    if not batches:
+        return mined["edge"]
     adapters, trained = trainable(run.model, config.lora_rank)
     teacher = run.model if adapters else frozen_copy(run.model)
     optimizer = torch.optim.AdamW(trained, lr=config.ofsd_lr, weight_decay=0.0)
-    batches = []
-    for _ in range(config.ofsd_epochs):
-        shuffled = run.rng.sample(pairs, len(pairs))
-        batches += [shuffled[i : i + config.ofsd_batch] for i in range(0, len(pairs), config.ofsd_batch)]
+    first = run.restore_stage(optimizer, teacher).get("step", 0)
     print(" step        loss   grad_norm")
-    for step, batch in enumerate(tqdm(batches, desc="distillation", disable=None, leave=False), start=1):
-        stats = ofsd_step(run.model, teacher, optimizer, batch, config, adapters)
-        run.log("step", stage, step=step, **stats)
+    for step in tqdm(range(first + 1, len(batches) + 1), desc="distillation", disable=None, leave=False):
+        run.unsaved = True
+        stats = ofsd_step(run.model, teacher, optimizer, [pairs[i] for i in batches[step - 1]], config, adapters)
         tqdm.write(f"{step:5d} {stats['loss']:11.4g} {stats['grad_norm']:11.4g}")
+        run.end_step(stage, step, len(batches), stats, **mined, **training_state(optimizer, adapters, teacher))
     if adapters:
         adapters.merge()
-    return edge
+    return mined["edge"]
 
 
 # ---------------------------------------------------------------- the loop
@@ -366,65 +428,72 @@ def ofsd_stage(run: Run, stage: str) -> dict:
 
 def train(config: Config) -> Path:
     """The whole of Search-E1; returns the run's folder."""
-    run = Run(config)
-    run.evaluate("base")
-    for number in range(1, config.rounds + 1):
-        grpo_stage(run, number)
-        run.evaluate(f"grpo-{number}")
-        edge = ofsd_stage(run, f"ofsd-{number}")
-        run.evaluate(f"ofsd-{number}", **edge)
+    return loop(Run(config))
+
+
+def loop(run: Run) -> Path:
+    stages = ["base", *(f"{kind}-{n}" for n in range(1, run.config.rounds + 1) for kind in ("grpo", "ofsd")), "end"]
+    try:
+        if not run.saved:
+            run.checkpoint("base", 0)
+        for stage, following in pairwise(stages[stages.index(run.saved["stage"]) :]):
+            kind, _, number = stage.partition("-")
+            if kind == "grpo":
+                grpo_stage(run, stage, int(number))
+            edge = ofsd_stage(run, stage) if kind == "ofsd" else {}
+            run.evaluate(stage, **edge)
+            run.checkpoint(following, 0)
+    except (OSError, SearchFailed) as error:  # a full disk, say
+        raise BadInput(f"{error}. The last checkpoint is whole: train.py --resume {run.folder} goes on from there") from None
     if run.rank == 0:
-        report(run)
+        report(run.folder, run.evaluations)
     return run.folder
 
 
-def report(run: Run) -> None:
-    """The table, and one question before and after."""
-    kinds = sorted({kind for row in run.evaluations for kind in row["em_by"]})
-    print(f"\n{len(run.test_set)} test questions, greedy; edge: the teacher's, sampled, before the stage")
-    print(f"{'stage':8}{'EM':>8}{'F1':>8}" + "".join(f"{'EM ' + kind:>{len(kind) + 5}}" for kind in kinds)
-          + f"{'searches':>10}{'answered':>10}{'edge':>8}{'supported':>11}{'minutes':>9}")  # fmt: skip
-    for row in run.evaluations:
-        edges = [f"{row[name]:+.3f}" if row.get(name) is not None else "" for name in ("edge", "edge_supported")]
-        print(f"{row['stage']:8}{row['em']:8.3f}{row['f1']:8.3f}"
-              + "".join(f"{row['em_by'].get(kind, float('nan')):{len(kind) + 5}.3f}" for kind in kinds)
-              + f"{row['searches']:10.2f}{row['answered']:10.3f}{edges[0]:>8}{edges[1]:>11}{row['time_s'] / 60:9.1f}")  # fmt: skip
-    rows = [json.loads(line) for line in open(run.folder / "trajectories.jsonl", encoding="utf-8")]
-    first, last = run.evaluations[0]["stage"], run.evaluations[-1]["stage"]
-    before, after = ([r for r in rows if r["kind"] == "eval" and r["stage"] == stage] for stage in (first, last))
-    # The longest road to a right answer among those that went wrong before, if there is one.
-    chosen = max(range(len(after)), key=lambda i: (after[i]["em"] - before[i]["em"], len(after[i]["queries"])))
-    for title, row in (("before", before[chosen]), ("after", after[chosen])):
-        print(f"\n{title}: {row['question']}  (answer: {' / '.join(row['golden_answers'])})")
-        print("".join(text for _, text in row["text"]).strip())
-    print(f"\nmetrics, trajectories and the model are in {run.folder}")
-
-
-def parse_config() -> Config:
+def parse_config() -> tuple[Config, bool]:
+    """The settings, and whether they are those of a run that goes on."""
     parser = Parser(description="Search-E1: GRPO and offline self-distillation in turn.")
     for item in fields(Config):
         flag = "--" + item.name.replace("_", "-")
         text = f"{item.metadata['help']} (default: {item.default!r})".replace("%", "%%")
         if item.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag, type=item.type, default=item.default, help=text)
-    return Config(**vars(parser.parse_args()))
+            parser.add_argument(flag, type=item.type, default=argparse.SUPPRESS, help=text)
+    parser.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with this run, by its own settings")
+    given = vars(parser.parse_args())
+    folder = given.pop("resume", None)
+    if folder is None:
+        return Config(**given), False
+    try:
+        config = replace(Config(**json.loads((Path(folder) / "config.json").read_text())), out=folder)
+    except (OSError, TypeError, ValueError) as error:
+        raise BadInput(f"{folder} holds no run to resume ({error})") from None
+    for name, value in given.items():
+        if value != getattr(config, name):
+            raise BadInput(f"--{name.replace('_', '-')} {value}: the run has {getattr(config, name)!r}, and is resumed as it is")
+    return config, True
 
 
 def main() -> None:
-    config = parse_config()
-    if "LOCAL_RANK" not in os.environ:
-        train(config)
-        return
-    # One of torchrun's processes: rank 0 speaks and writes.
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    train(config)
-    dist.destroy_process_group()
+    config, resume = parse_config()
+    if "LOCAL_RANK" in os.environ:  # one of torchrun's processes: rank 0 speaks and writes
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    run = Run(config, resume)
+    signal.signal(signal.SIGINT, run.stop)
+    signal.signal(signal.SIGTERM, run.stop)
+    try:
+        loop(run)
+    except Stopped as stopped:
+        print(f"stopped: train.py --resume {run.folder} goes on from here", file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

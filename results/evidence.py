@@ -48,14 +48,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import exact_match, score, supported  # noqa: E402
+from eval import rewards_of, score, supported  # noqa: E402
 from grpo import (  # noqa: E402
-    backward_in_chunks, chunks, grpo_step, micro_batches, output_layer, policy_hidden, policy_tokens, token_logprobs, update,
+    backward_in_chunks, chunks, frozen_copy, grpo_step, micro_batches, output_layer, policy_hidden, policy_tokens, token_logprobs, update,
 )  # fmt: skip
-from ofsd import divergences, privileged_prompt, query_mask, reference_index, spans  # noqa: E402
+from ofsd import divergences, ofsd_step, privileged_prompt, query_mask, reference_index, spans  # noqa: E402
 from retriever import run_script  # noqa: E402
 from rollout import autocast, decode  # noqa: E402
-from train import Config, Run, frozen_copy, mine, ofsd_step, teacher_edge  # noqa: E402
+from train import Config, Run, mine, teacher_edge  # noqa: E402
 
 # ---------------------------------------------------------------- a run whose cost is counted
 
@@ -141,7 +141,7 @@ def grpo(run: Counted, stage: str, steps: int | None) -> None:
             run.waiting += run.rng.sample(run.train_set, len(run.train_set))
         questions, run.waiting = run.waiting[: config.questions_per_step], run.waiting[config.questions_per_step :]
         trajectories = run.sample(questions, group_size=size)
-        rewards = torch.tensor(rewards_of(questions, trajectories, size)).view(-1, size)  # (Q, G)
+        rewards = torch.tensor(rewards_of(questions, trajectories)).view(-1, size)  # (Q, G)
         stats = grpo_step(run.model, run.start, optimizer, trajectories, rewards, config)
         varied = (rewards != rewards[:, :1]).any(dim=1).tolist()
         run.cost += 3 * tokens(t for i, t in enumerate(trajectories) if varied[i // size])
@@ -150,10 +150,6 @@ def grpo(run: Counted, stage: str, steps: int | None) -> None:
         if run.cost >= run.next_test:
             run.test(stage)
             run.next_test += run.arm.budget / 10
-
-
-def rewards_of(questions: list[dict], trajectories: list, size: int) -> list[float]:
-    return [exact_match(t.answer, questions[i // size]["golden_answers"]) for i, t in enumerate(trajectories)]
 
 
 # ---------------------------------------------------------------- the offline stages
@@ -210,7 +206,7 @@ def distil(run: Counted, kind: str, stage: str, data: list, teacher=None) -> Non
 
 def references(questions: list[dict], pool: list, size: int) -> list:
     """What rft learns: the correct trajectory with the fewest searches of each question that has one."""
-    rewards = rewards_of(questions, pool, size)
+    rewards = rewards_of(questions, pool)
     groups = [(pool[i : i + size], rewards[i : i + size]) for i in range(0, len(pool), size)]
     return [group[best] for group, right in groups if (best := reference_index(group, right)) is not None]
 
@@ -305,7 +301,7 @@ def altered(run: Counted, questions: list[dict], pool: list, change: dict) -> li
     """The pool in which mine_pair finds a random reference, or a random student: those that it is
     not to choose from are replaced by the one that was drawn."""
     size, result = run.config.group_size, list(pool)
-    rewards = rewards_of(questions, pool, size)
+    rewards = rewards_of(questions, pool)
     for i in range(0, len(pool), size):
         group = range(i, i + size)
         correct = [j for j in group if rewards[j]]
@@ -359,7 +355,7 @@ PARTS = {
     "tune": trials("tune", TRIALS, 100),
     "loop": final("loop", ARMS, range(10, 18)),
     "tune-2": trials("tune-2", TRIALS_2, 103, 104),
-    "loop-2": final("loop-2", ARMS_2, range(30, 38), "test-2"),
+    "loop-2": final("loop-2", ARMS_2, range(30, 36), "test-2"),
     "converge": [(converge, "converge", 101)],
     "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 102),
     "plateau": final("plateau", PLATEAU, range(20, 25)),

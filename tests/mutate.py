@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"grpo.py": ["tests/test_grpo.py", "tests/test_train.py"], "ofsd.py": ["tests/test_ofsd.py"], "train.py": ["tests/test_train.py"]}
+FILES = {"grpo.py": ["tests/test_grpo.py", "tests/test_train.py"], "ofsd.py": ["tests/test_ofsd.py", "tests/test_train.py"], "train.py": ["tests/test_train.py"]}
 
 MUTANTS = [  # file, what is broken, the line's text, what it becomes
     ("grpo.py", "ddof 0", "rewards.std(dim=1, keepdim=True)", "rewards.std(dim=1, keepdim=True, correction=0)"),
@@ -60,8 +60,8 @@ MUTANTS = [  # file, what is broken, the line's text, what it becomes
     ("ofsd.py", "teacher with adapters", "        self.on = False\n", "        self.on = True\n"),
     ("ofsd.py", "merged by half", "linear.weight += 2 * (b @ a)", "linear.weight += (b @ a)"),
     ("ofsd.py", "hooks stay after the merge", "            hook.remove()\n", ""),
-    ("train.py", "reads the teacher's prompt", "[student.prompt_ids for _, _, student, _ in group], *texts)", "[prompt for *_, prompt in group], *texts)"),
-    ("train.py", "divides by the micro-batch", ".sum() / num_tokens", ".mean()"),
+    ("ofsd.py", "reads the teacher's prompt", "[student.prompt_ids for _, _, student, _ in group], *texts)", "[prompt for *_, prompt in group], *texts)"),
+    ("ofsd.py", "divides by the micro-batch", ".sum() / num_tokens", ".mean()"),
     ("grpo.py", "advantages per step, not group", "group_advantages(rewards).flatten()", "group_advantages(rewards.view(1, -1)).flatten()"),
     ("train.py", "adapters never merged", "        adapters.merge()\n", "        pass\n"),
 ]  # fmt: skip

@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import exact_match, load_questions  # noqa: E402
-from grpo import grpo_step, rank_and_ranks  # noqa: E402
+from grpo import frozen_copy, grpo_step, rank_and_ranks  # noqa: E402
+from ofsd import ofsd_step  # noqa: E402
 from retriever import open_index  # noqa: E402
 from rollout import load_model, rollout  # noqa: E402
-from train import Config, frozen_copy, ofsd_step, trainable  # noqa: E402
+from train import Config, trainable  # noqa: E402
 
 
 def main(target: str, lora_rank: int) -> None:

@@ -167,12 +167,13 @@ def test_a_result_by_a_server_names_no_corpus(micro_index, tmp_path, monkeypatch
     (tmp_path / "nq").mkdir()
     (tmp_path / "nq/questions.jsonl").write_bytes((ROOT / "micro/test.jsonl").read_bytes())
     out = tmp_path / "result.json"
-    monkeypatch.setattr(eval_module, "RemoteRetriever", lambda url: micro_index)
+    monkeypatch.setattr(eval_module, "RemoteRetriever", lambda url, **how: micro_index)
     how = "--model", str(ROOT / "micro/model"), "--benchmarks", "nq", "--data", str(tmp_path), "--limit", "5", "--out", str(out)
     monkeypatch.setattr(sys, "argv", ["eval.py", *how, "--retriever-url", "http://here"])
     eval_module.main()
     saved = json.loads(out.read_text())
-    assert saved["retriever"] == "http://here" and saved["results"]["nq"]["corpus"] is None
+    row = saved["results"]["nq"]
+    assert saved["retriever"] == "http://here" and row["corpus"] is None and row["failed_searches"] == 0
 
 
 def test_a_mixture_is_all_its_sets_and_no_test_question(tmp_path):

@@ -120,7 +120,7 @@ def test_random_reference_and_random_student_are_drawn_from_all_that_there_are(h
         run = SimpleNamespace(config=config, rng=random.Random(seed))
         for what, place in (("reference", 0), ("student", 1)):
             pool = evidence.altered(run, [question], group, {what: "random"})
-            rewards = evidence.rewards_of([question], pool, 5)
+            rewards = evidence.rewards_of([question], pool)
             found[what].add(mine_pair(pool, rewards)[place].question)
     assert found == {"reference": {"a", "b", "e"}, "student": {"b", "c", "d", "e"}}
     assert evidence.altered(SimpleNamespace(config=config), [question], group, {}) == group

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import ofsd as ofsd_module
 import train as train_module
-from grpo import group_advantages, grpo_step, knows_output_layer, policy_hidden
-from ofsd import mine_pair, privileged_prompt, spans
+from grpo import frozen_copy, group_advantages, grpo_step, knows_output_layer, policy_hidden
+from ofsd import mine_pair, ofsd_step, privileged_prompt, spans
 from retriever import BadInput
 from rollout import load_model, response_logits, rollout
-from train import Config, frozen_copy, ofsd_step, train
+from train import Config, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
 SMALL = Config(
@@ -207,8 +208,8 @@ def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(micro, 
     teacher, model = frozen_copy(micro[0]), frozen_copy(micro[0]).requires_grad_(True)
     pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
     read_by = []
-    plain = train_module.policy_hidden
-    monkeypatch.setattr(train_module, "policy_hidden", lambda m, p, r, k: read_by.append((m, p, r)) or plain(m, p, r, k))
+    plain = ofsd_module.policy_hidden
+    monkeypatch.setattr(ofsd_module, "policy_hidden", lambda m, p, r, k: read_by.append((m, p, r)) or plain(m, p, r, k))
     before = [p.clone() for p in teacher.parameters()]
     stats = ofsd_step(model, teacher, torch.optim.SGD(model.parameters(), lr=0.1), pairs, SMALL)
     (one, privileged, taught), (two, standard, learnt) = read_by
