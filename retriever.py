@@ -83,7 +83,7 @@ def run_script(main) -> None:
     try:
         main()
     except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
 
 

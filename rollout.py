@@ -131,9 +131,10 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 
 def standard_prompt(tokenizer, question: str) -> str:
-    """P(q) as text: the tokenizer's own wording where it carries one, else PROMPT."""
+    """P(q) as text: the tokenizer's own wording where it carries one, else PROMPT. Markup in the
+    question is made harmless, as in passages."""
     template = tokenizer.init_kwargs.get("search_prompt") or PROMPT
-    return template.replace("{question}", question)
+    return template.replace("{question}", neutralise(question, tokenizer))
 
 
 def chat_ids(tokenizer, content: str) -> list[int]:
@@ -188,7 +189,8 @@ def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int
     """<information>, a line "- title: text" for each passage, </information>, as ids. The passages
     are cut to fit the budget (tokens, tags included) first, so no tag is ever cut."""
     newline, head, tail = (encode(tokenizer, text) for text in ("\n", "\n<information>\n", "</information>\n"))
-    lines = [" ".join(f"- {passage.title}: {passage.text}".split()) for passage in passages] or ["nothing was found"]
+    # Of a megabyte in one line only what can fit is encoded: no token has a hundred characters.
+    lines = [" ".join(f"- {passage.title}: {passage.text}"[: 100 * budget].split()) for passage in passages] or ["nothing was found"]
     lines = [encode(tokenizer, neutralise(line, tokenizer)) for line in lines]
     kept = fit_lengths([len(line) for line in lines], budget - len(head) - len(tail) - len(lines) * len(newline))
     body = [token for line, length in zip(lines, kept) for token in line[:length] + newline]

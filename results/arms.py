@@ -87,7 +87,7 @@ PLATEAU_TRIALS = {
         for kind, stage in (("search-e1", "ofsd"), ("rft", "rft"))
     },
 }  # fmt: skip
-PLATEAU_BEST = {"grpo": "lr0.0003", "search-e1": "as-before", "rft": "as-before"}
+PLATEAU_BEST = {"grpo": "lr0.0001", "search-e1": "wide", "rft": "wide"}
 PLATEAU = {kind: PLATEAU_TRIALS[kind][best] for kind, best in PLATEAU_BEST.items()}
 
 # One stage of OFSD as the paper has it, one pair a question, from one policy (five gentle steps of GRPO)

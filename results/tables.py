@@ -131,15 +131,15 @@ def stages(part: str, arm: str) -> str:
 
 
 def ablations() -> str:
-    """EM after one stage, less EM before it, by variant: mean over seeds, and each."""
+    """EM after a stage's last pass, less EM before it, by variant: mean over seeds, and each."""
     found: dict[str, list] = {}
     for seeds in read("ablations").values():
         for rows in seeds.values():
             start = [row for row in evaluations(rows) if row["stage"] == "grpo-1"][-1]
             mined = {row["stage"]: row for row in rows if row["kind"] == "mining"}
-            for row in evaluations(rows):
-                if row["stage"] in mined:
-                    found.setdefault(row["stage"], []).append((row, start, mined[row["stage"]]))
+            last = {row["stage"]: row for row in evaluations(rows)}  # after its last pass
+            for variant, counts in mined.items():
+                found.setdefault(variant, []).append((last[variant], start, counts))
     lines = []
     for variant, runs in found.items():
         gains = [row["em"] - start["em"] for row, start, _ in runs]
