@@ -14,6 +14,7 @@ Deviations from the paper
     2. The reward is EM alone, of the answer parsed from the response: Search-R1's scorer reads
        the prompt too, and finds its example answer there.
 
+    python eval.py                # a table, and the worst answers
     python eval.py --model micro/model --questions micro/test.jsonl --corpus micro/corpus.jsonl   # 20 s
 """
 
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--max-searches", type=at_least(0), default=4, help="searches a question")
     parser.add_argument("--published", action="store_true", help="print the published results beside them")
     parser.add_argument("--out", help="write the results, and what they were made with, to this JSON file")
-    args = parser.parse_args(sys.argv[1:] or ["--help"])
+    args = parser.parse_args()
     names = list(BENCHMARKS) if args.benchmarks == "all" else (args.benchmarks or "").split(",")
     if args.benchmarks and not {*names} <= {*BENCHMARKS}:
         parser.error(f"--benchmarks: {', '.join(sorted({*names} - {*BENCHMARKS}))}? There are {', '.join(BENCHMARKS)}, and all")
@@ -294,5 +295,23 @@ def main() -> None:
         print(json.dumps(next(iter(results.values())), indent=2))
 
 
+def lesson() -> None:
+    """micro/model on the first 60 test questions: the table, and where it went wrong."""
+    folder = Path(__file__).parent / "micro"
+    model, tokenizer = load_model(str(folder / "model"))
+    questions = load_questions(str(folder / "test.jsonl"))[:60]
+    asked = [question["question"] for question in questions]
+    trajectories = rollout(model, tokenizer, open_index(folder / "corpus.jsonl"), asked, temperature=0.0)
+    row = score(questions, trajectories)
+    print_table({"micro": row | {"em_interval": interval(row["em"], row["n"])}}, published=False)
+    print("EM " + ", ".join(f"{kind} {em:.3f}" for kind, em in row["em_by"].items()) + f"; right and supported by a passage: {row['em_supported']:.3f}")
+    wrong = [i for i, em in enumerate(rewards_of(questions, trajectories)) if not em]
+    print(f"\nThe worst of {len(wrong)} wrong ones, by searches spent:\n")
+    for i in sorted(wrong, key=lambda i: -len(trajectories[i].queries))[:5]:
+        print(printable(f"{asked[i]}\n    searched: {'; '.join(trajectories[i].queries)}\n"
+                        f"    said: {trajectories[i].answer}   right: {questions[i]['golden_answers'][0]}"))  # fmt: skip
+    print("\nYour own: python eval.py --help")
+
+
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main if sys.argv[1:] else lesson)

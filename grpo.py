@@ -27,6 +27,8 @@ Deviations from the paper
        entropy, clip_frac and the gap are over the groups with variance; where no group has any,
        the first micro-batch stands in. With kl_coef 0, kl is of a quarter of the micro-batches:
        the start policy's pass is a fourth of an update.
+
+    python grpo.py                # one group, its advantages, one update
 """
 
 import copy
@@ -390,5 +392,39 @@ def load_checkpoint(folder: Path) -> dict | None:
     return None
 
 
+def lesson() -> None:
+    """One group of micro/model: rewards, advantages, weights, and one update."""
+    from eval import load_questions, rewards_of
+    from retriever import open_index
+    from rollout import load_model, rollout
+
+    folder = Path(__file__).parent / "micro"
+    model, tokenizer = load_model(str(folder / "model"))
+    index = open_index(folder / "corpus.jsonl")
+    for question in load_questions(str(folder / "train.jsonl")):
+        group = rollout(model, tokenizer, index, [question["question"]], group_size=5, seed=0)
+        rewards = torch.tensor(rewards_of([question], group)).view(1, 5)  # (1, G)
+        if (rewards != rewards[:, :1]).any():  # a group of equals teaches nothing
+            break
+    texts = [t.prompt_ids for t in group], [t.response_ids for t in group], [t.loss_mask for t in group]
+
+    def likely() -> list[float]:
+        """log pi of each whole trajectory, the policy's tokens only."""
+        with torch.no_grad():
+            values = policy_logprobs(model, policy_hidden(model, *texts), policy_tokens(group, "response_ids", model.device))
+        return [part.sum().item() for part in values.split([sum(t.loss_mask) for t in group])]
+
+    optimizer, num_tokens = torch.optim.AdamW(model.parameters(), lr=1e-4), sum(sum(t.loss_mask) for t in group)
+    config = type("Settings", (), dict(micro_batch=5, kl_coef=0.0, updates=1, clip_eps=0.2, max_grad_norm=1.0))
+    before = likely()
+    stats = grpo_step(model, frozen_copy(model), optimizer, group, rewards, config)
+    print(f"question: {question['question']}  (answer: {question['golden_answers'][0]})\n")
+    print(f"{'answer':20}{'reward':>8}{'advantage':>11}{'tokens':>8}{'weight of a token':>19}{'log pi before':>15}{'after':>9}")
+    for t, reward, advantage, old, new in zip(group, rewards[0], group_advantages(rewards)[0].tolist(), before, likely()):
+        print(f"{str(t.answer):20}{reward:8.0f}{advantage:11.3f}{sum(t.loss_mask):8d}{advantage / num_tokens:19.5f}{old:15.3f}{new:9.3f}")
+    print(f"\nThe loss was {stats['loss']:.1e}: minus the mean advantage of all tokens. Its gradient had the norm {stats['grad_norm']:.3f},")
+    print("and one update made the right trajectories likelier and the wrong ones less likely.")
+
+
 if __name__ == "__main__":
-    print(__doc__)
+    lesson()

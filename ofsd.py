@@ -36,17 +36,22 @@ Deviations from the paper
        takes it with the adapters off: the same teacher, in less memory. Its rank is not stated.
     3. The measure by which the student "differs most" is not published; mine_pair states ours.
     4. K is not stated either; we sample as many as GRPO does (5). The wording is ours.
+
+    python ofsd.py                # one pair, both prompts, the divergence at each token
 """
 
 import math
 import re
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
 from grpo import backward_in_chunks, micro_batches, output_layer, over_ranks, policy_hidden, rank_and_ranks, update
-from retriever import BadInput
-from rollout import Trajectory, autocast, chat_ids, decode, encode, fit_lengths, neutralise, parse_turn, standard_prompt
+from retriever import BadInput, open_index, paint, run_script
+from rollout import (
+    Trajectory, autocast, chat_ids, decode, encode, fit_lengths, load_model, neutralise, parse_turn, rollout, standard_prompt,
+)  # fmt: skip
 
 PRIVILEGED = """\
 {prompt}
@@ -303,5 +308,37 @@ class Adapters:
         self.model.requires_grad_(True)
 
 
+def lesson() -> None:
+    """One pair of micro/model: both prompts, and what the teacher would say otherwise, token by token."""
+    from eval import load_questions, rewards_of
+
+    folder = Path(__file__).parent / "micro"
+    model, tokenizer = load_model(str(folder / "model"))
+    index, pair = open_index(folder / "corpus.jsonl"), None
+    for question in load_questions(str(folder / "train.jsonl")):
+        group = rollout(model, tokenizer, index, [question["question"]], group_size=5, seed=0)
+        rewards = rewards_of([question], group)
+        pair = mine_pair(group, rewards)
+        if pair and not rewards[group.index(pair[1])]:
+            break
+    reference, student = pair
+    privileged = privileged_prompt(tokenizer, question["question"], reference, 400)
+    for reader, prompt in (("student", student.prompt_ids), ("teacher", privileged)):
+        print(paint(f"---- the {reader}'s prompt ({len(prompt)} tokens)", "1") + f"\n{decode(tokenizer, prompt).strip()}\n")
+    with torch.no_grad():
+        texts = [student.response_ids], [student.loss_mask]
+        heads = [output_layer(model)(policy_hidden(model, [prompt], *texts)) for prompt in (student.prompt_ids, privileged)]  # (N, V) each
+        kl = divergences(*heads).tolist()  # (N,)
+    print(paint("---- the student's own trajectory", "1") + f", wrong: {student.answer}, not {question['golden_answers'][0]}. A number in")
+    print("braces is the KL to the teacher at that token, in nats, where it is above .1; the environment's words have none.\n")
+    values = iter(kl)
+    for token, sampled in zip(student.response_ids, student.loss_mask):
+        text, value = decode(tokenizer, [token]), next(values) if sampled else 0.0
+        shade = "34" if not sampled else "0" if value < 0.1 else "33" if value < 1 else "31"
+        print(paint(text, shade) + (f"{{{value:.1f}}}" if value >= 0.1 else ""), end="")
+    print(f"\n\n{len(kl)} tokens, mean KL {sum(kl) / len(kl):.3f}: the loss. {sum(value >= 0.1 for value in kl)} tokens carry "
+          f"{sum(value for value in kl if value >= 0.1) / sum(kl):.0%} of it.")  # fmt: skip
+
+
 if __name__ == "__main__":
-    print(__doc__)
+    run_script(lesson)

@@ -15,6 +15,7 @@ Deviations from the paper
        exact, and a score can be followed by hand.
     2. k1 = 0.9, b = 0.4, Anserini's values for passages (the paper does not use BM25).
 
+    python retriever.py                                               # how a query is scored, word by word
     python retriever.py --corpus micro/corpus.jsonl some words        # a second or two
 
 This file also holds what every script needs to refuse bad input in one clear line.
@@ -60,6 +61,11 @@ def printable(text: str) -> str:
     'red\\x1b[31m\\u202e alert'
     """
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
+
+
+def paint(text: str, colour: str) -> str:
+    """In an ANSI colour, where standard output is a terminal and NO_COLOR is not set."""
+    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
 
 
 def whole(text: str) -> str:
@@ -427,12 +433,15 @@ def main() -> None:
     parser.add_argument("--index", help="folder of the saved index: used where it is newer than the corpus, else made")
     parser.add_argument("--k", type=at_least(1), default=3, help="passages to print")
     parser.add_argument("query", nargs="+", help="the words to search for")
-    args = parser.parse_args(sys.argv[1:] or ["--help"])
+    args = parser.parse_args()
     query = " ".join(args.query)
     found = open_index(args.corpus, args.index).search([query], args.k)[0]
-    matched, plain = set(words(query)), not sys.stdout.isatty() or "NO_COLOR" in os.environ
-    left, right = ("*", "*") if plain else ("\033[1m", "\033[0m")
-    mark = lambda word: f"{left}{word[0]}{right}" if word[0].lower() in matched else word[0]  # noqa: E731
+    matched = set(words(query))
+
+    def mark(word: re.Match) -> str:
+        bold = paint(word[0], "1")
+        return word[0] if word[0].lower() not in matched else bold if bold != word[0] else f"*{word[0]}*"
+
     for rank, passage in enumerate(found, start=1):
         marked = re.sub(r"\w+", mark, printable(f"{passage.title}: {passage.text}"))
         print(f"{rank}. {passage.score:.4f}  {marked}")
@@ -440,5 +449,25 @@ def main() -> None:
         print("No passage holds any of these words.")
 
 
+def lesson() -> None:
+    """How one query is scored, word by word."""
+    index = open_index(Path(__file__).parent / "micro/corpus.jsonl")
+    query = "Who founded Hunik Labs, a company with its seat in Stobor Bridge?"
+    found = index.search([query], 3)[0]
+    print(f"{index.size} passages. Query: {query}\nThe best three:")
+    numbers = np.argsort(-index.scores(query), kind="stable")[:3]
+    for number, passage in zip(numbers, found):
+        print(f"  passage {number}: {passage.text}")
+    print("\nA word counts the more, the fewer passages hold it (idf), and the shorter the passage that holds it:\n")
+    print(f"{'word':12}{'times':>6}{'in passages':>13}{'idf':>7}" + "".join(f"{f'passage {n}':>14}" for n in numbers))
+    for word, times in Counter(words(query)).items():
+        scores = index.scores(word)
+        df = int((scores > 0).sum())
+        idf = np.log(1 + (index.size - df + 0.5) / (df + 0.5))
+        print(f"{word:12}{times:6}{df:13}{idf:7.2f}" + "".join(f"{times * scores[n]:14.3f}" for n in numbers))
+    print(f"{'sum':38}" + "".join(f"{passage.score:14.3f}" for passage in found))
+    print("\nA word in no passage has an idf, but nothing to give. Your own: python retriever.py --corpus FILE WORDS")
+
+
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main if sys.argv[1:] else lesson)

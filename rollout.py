@@ -24,12 +24,16 @@ Deviations from the paper
        paper does not state how it cuts. Markup inside passages is made harmless.
     3. The numbers of tokens a turn (256), an observation (512) and a trajectory (2,048) are
        ours; the paper states only the 4 searches. k = 3 passages a search is Search-R1's.
+
+    python rollout.py             # one trajectory, live; --logprobs, --question, --seed
 """
 
 import inspect
 import logging
 import re
 import shutil
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils.logging import disable_progress_bar
 
-from retriever import BadInput, Passage
+from retriever import BadInput, Parser, Passage, at_least, open_index, paint, printable, run_script
 
 PROMPT = """\
 Answer the question at the end. Each time you receive new information, reason about it first, \
@@ -446,5 +450,31 @@ def rollout(
     return result
 
 
+def lesson() -> None:
+    """One trajectory of micro/model: who wrote what, and how likely the policy found it."""
+    parser = Parser(description="Play one trajectory of micro/model.")
+    parser.add_argument("--question", default="Who or what is the spouse of the founder of Hunik Labs?")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--logprobs", action="store_true", help="each token on a line, with its log-probability")
+    args = parser.parse_args()
+    folder = Path(__file__).parent / "micro"
+    model, tokenizer = load_model(str(folder / "model"))
+    row = rollout(model, tokenizer, open_index(folder / "corpus.jsonl"), [args.question], seed=args.seed)[0]
+    print(f"question: {printable(args.question)}\n\nSampled by the policy (loss_mask 1), written by the environment (loss_mask 0):\n")
+    last = None
+    for token, sampled, value in zip(row.response_ids, row.loss_mask, row.logprobs):
+        if sampled != last:
+            print(("\n" if last is not None else "") + ("policy> " if sampled else "environment> "), end="\n" if args.logprobs else "")
+        text = printable(decode(tokenizer, [token]))
+        if args.logprobs:
+            print(f"    {text!r:24}" + (f"{value:8.3f}" if sampled else "       -"))
+        else:
+            print(paint(text, "32" if sampled else "34"), end="", flush=True)
+        last = sampled
+        time.sleep(0.03 if sys.stdout.isatty() else 0)  # as one would read it
+    print(f"\n\n{len(row.queries)} searches, {sum(row.loss_mask)} of {len(row.loss_mask)} tokens are the policy's; "
+          f"it ended by: {row.finish_reason}; answer: {printable(str(row.answer))}")  # fmt: skip
+
+
 if __name__ == "__main__":
-    print(__doc__)
+    run_script(lesson)
