@@ -265,6 +265,18 @@ def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config, adapters: "
     return {"loss": over_ranks(total), "grad_norm": update(optimizer, config.max_grad_norm)}
 
 
+@torch.no_grad()
+def token_divergences(model, teacher, student: Trajectory, privileged: list[int]) -> list[tuple[int, float | None]]:
+    """To look at: of each of the student's tokens its id and the forward KL from teacher to student
+    there, in nats; None for the environment's."""
+    texts = [student.response_ids], [student.loss_mask]
+    read = (model, student.prompt_ids), (teacher, privileged)
+    with autocast(model.device):
+        heads = [output_layer(reader)(policy_hidden(reader, [prompt], *texts)) for reader, prompt in read]  # (N, V) each
+    values = iter(divergences(*heads).tolist())
+    return [(token, next(values) if sampled else None) for token, sampled in zip(student.response_ids, student.loss_mask)]
+
+
 class Adapters:
     """LoRA: a low-rank addition to the output of every linear layer of the decoder. A (r, in) is
     random and B (out, r) zero: nothing changes until they are trained. The model's own weights
@@ -325,17 +337,13 @@ def lesson() -> None:
     privileged = privileged_prompt(tokenizer, question["question"], reference, 400)
     for reader, prompt in (("student", student.prompt_ids), ("teacher", privileged)):
         print(paint(f"---- the {reader}'s prompt ({len(prompt)} tokens)", "1") + f"\n{decode(tokenizer, prompt).strip()}\n")
-    with torch.no_grad():
-        texts = [student.response_ids], [student.loss_mask]
-        heads = [output_layer(model)(policy_hidden(model, [prompt], *texts)) for prompt in (student.prompt_ids, privileged)]  # (N, V) each
-        kl = divergences(*heads).tolist()  # (N,)
+    heat = token_divergences(model, model, student, privileged)
+    kl = [value for _, value in heat if value is not None]
     print(paint("---- the student's own trajectory", "1") + f", wrong: {student.answer}, not {question['golden_answers'][0]}. A number in")
     print("braces is the KL to the teacher at that token, in nats, where it is above .1; the environment's words have none.\n")
-    values = iter(kl)
-    for token, sampled in zip(student.response_ids, student.loss_mask):
-        text, value = decode(tokenizer, [token]), next(values) if sampled else 0.0
-        shade = "34" if not sampled else "0" if value < 0.1 else "33" if value < 1 else "31"
-        print(paint(text, shade) + (f"{{{value:.1f}}}" if value >= 0.1 else ""), end="")
+    for token, value in heat:
+        shade = "34" if value is None else "0" if value < 0.1 else "33" if value < 1 else "31"
+        print(paint(decode(tokenizer, [token]), shade) + (f"{{{value:.1f}}}" if (value or 0) >= 0.1 else ""), end="")
     print(f"\n\n{len(kl)} tokens, mean KL {sum(kl) / len(kl):.3f}: the loss. {sum(value >= 0.1 for value in kl)} tokens carry "
           f"{sum(value for value in kl if value >= 0.1) / sum(kl):.0%} of it.")  # fmt: skip
 

@@ -54,7 +54,7 @@ from grpo import (
     batch_stats, frozen_copy, grpo_step, knows_output_layer, load_checkpoint, random_states, rank_and_ranks, same_on_all_ranks,
     save_checkpoint,
 )  # fmt: skip
-from ofsd import Adapters, mine_pairs, ofsd_step, spans
+from ofsd import Adapters, mine_pairs, ofsd_step, spans, token_divergences
 from retriever import BadInput, Parser, RemoteRetriever, SearchFailed, open_index, run_script
 from rollout import Trajectory, context_length, decode, load_model, rollout, save_model
 
@@ -124,6 +124,7 @@ class Config:
                 raise BadInput(f"{item.name} must be {'at least 0' if item.name in zero_allowed else 'above 0'}, not {value}")
 
 
+HEAT = 20  # pairs of a stage whose divergence is written down token by token
 BAD_UPDATES = 3  # without a finite gradient, one after the other, end a run
 
 
@@ -375,10 +376,14 @@ def mine_stage(run: Run, stage: str) -> tuple[list[tuple], dict]:
     edge = teacher_edge(run, pairs) if pairs else {"edge": None, "edge_supported": None}
     skipped = not pairs or (edge["edge_supported"] <= 0 and not config.force_ofsd)
     run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
-    for question, reference, student, _ in pairs:
+    rewards = rewards_of(questions, pool)
+    groups = {id(question): rewards[i * config.group_size : (i + 1) * config.group_size] for i, question in enumerate(questions)}
+    for number, (question, reference, student, prompt) in enumerate(pairs):
+        heat = token_divergences(run.model, run.model, student, prompt) if number < HEAT else []
         run.append("trajectories.jsonl", {
-            "kind": "pair", "stage": stage, "id": question["id"],
+            "kind": "pair", "stage": stage, "id": question["id"], "rewards": groups[id(question)],
             "reference": run.as_json(reference), "student": run.as_json(student),
+            "kl": [[decode(run.tokenizer, [token]), value and round(value, 4)] for token, value in heat],
         })  # fmt: skip
     print(f"\n{stage}: {counts['pairs']} pairs of {len(questions)} questions ({counts['no_correct']} without a correct "
           f"trajectory, {counts['no_contrast']} without contrast, {counts['too_long']} too long)")  # fmt: skip
