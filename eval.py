@@ -178,7 +178,7 @@ def interval(share: float, n: int) -> tuple[float, float]:
     """
     z2 = 1.96**2
     centre, half = share + z2 / (2 * n), 1.96 * sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
 
 
 def averages(results: dict[str, dict]) -> dict[str, float]:

@@ -423,7 +423,7 @@ def lesson() -> None:
     for t, reward, advantage, old, new in zip(group, rewards[0], group_advantages(rewards)[0].tolist(), before, likely()):
         print(f"{str(t.answer):20}{reward:8.0f}{advantage:11.3f}{sum(t.loss_mask):8d}{advantage / num_tokens:19.5f}{old:15.3f}{new:9.3f}")
     print(f"\nThe loss was {stats['loss']:.1e}: minus the mean advantage of all tokens. Its gradient had the norm {stats['grad_norm']:.3f},")
-    print("and one update made the right trajectories likelier and the wrong ones less likely.")
+    print("and one update moved log pi as the last two columns say: up for the right ones, down for the wrong ones.")
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def lesson() -> None:
         shade = "34" if value is None else "0" if value < 0.1 else "33" if value < 1 else "31"
         print(paint(decode(tokenizer, [token]), shade) + (f"{{{value:.1f}}}" if (value or 0) >= 0.1 else ""), end="")
     print(f"\n\n{len(kl)} tokens, mean KL {sum(kl) / len(kl):.3f}: the loss. {sum(value >= 0.1 for value in kl)} tokens carry "
-          f"{sum(value for value in kl if value >= 0.1) / sum(kl):.0%} of it.")  # fmt: skip
+          f"{sum(value for value in kl if value >= 0.1) / (sum(kl) or 1):.0%} of it.")  # fmt: skip
 
 
 if __name__ == "__main__":

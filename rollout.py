@@ -193,8 +193,8 @@ def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int
     """<information>, a line "- title: text" for each passage, </information>, as ids. The passages
     are cut to fit the budget (tokens, tags included) first, so no tag is ever cut."""
     newline, head, tail = (encode(tokenizer, text) for text in ("\n", "\n<information>\n", "</information>\n"))
-    # Of a megabyte in one line only what can fit is encoded: no token has a hundred characters.
-    lines = [" ".join(f"- {passage.title}: {passage.text}"[: 100 * budget].split()) for passage in passages] or ["nothing was found"]
+    # Of a megabyte in one line only what can fit is encoded: tokens do not average twenty characters.
+    lines = [" ".join(f"- {passage.title}: {passage.text}"[: 20 * budget].split()) for passage in passages] or ["nothing was found"]
     lines = [encode(tokenizer, neutralise(line, tokenizer)) for line in lines]
     kept = fit_lengths([len(line) for line in lines], budget - len(head) - len(tail) - len(lines) * len(newline))
     body = [token for line, length in zip(lines, kept) for token in line[:length] + newline]
