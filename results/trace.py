@@ -21,7 +21,7 @@ table { border-collapse: collapse } td, th { padding: .15em .8em; text-align: ri
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 1em } .two > div { border: 1px solid #ccc; padding: .5em .8em; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; margin: .2em 0; font: 13px/1.5 ui-monospace, monospace }
 .policy { background: #e8f3e8 } .environment { background: #eef0f4; color: #445 } .right { color: #17702a } .wrong { color: #b3261e }
-h3 { margin: 1.6em 0 .3em } summary { cursor: pointer; color: #445 } .key span { padding: 0 .4em; margin-right: .6em }
+h3 { margin: 1.6em 0 .3em } summary { cursor: pointer; color: #445; white-space: nowrap; overflow: hidden; text-overflow: ellipsis } .key span { padding: 0 .4em; margin-right: .6em }
 """
 
 
@@ -38,7 +38,7 @@ def spans(text: list) -> str:
             parts.append(f'<pre class="policy">{shown(words.strip())}</pre>')
         else:
             lines = [line for line in words.splitlines() if line.startswith("- ")]
-            head = f"{len(lines)} passages: {lines[0][2:60]} ..." if lines else "nothing was found"
+            head = f"{len(lines)} passages: {lines[0][2:]}" if lines else "nothing was found"
             parts.append(f'<details><summary>{shown(head)}</summary><pre class="environment">{shown(words.strip())}</pre></details>')
     return "".join(parts)
 
@@ -55,7 +55,7 @@ def heat(tokens: list) -> str:
         if kl is None:
             parts.append(f'<span class="environment">{shown(text)}</span>')
         else:
-            parts.append(f'<span style="background: rgba(214, 40, 30, {min(kl / 2, 1):.2f})" title="{kl:.3f} nats">{shown(text)}</span>')
+            parts.append(f'<span style="background: rgba(214, 40, 30, {min(kl, 1.0) ** 0.5:.2f})" title="{kl:.3f} nats">{shown(text)}</span>')
     return f"<pre>{''.join(parts)}</pre>"
 
 
