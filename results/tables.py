@@ -165,7 +165,7 @@ def figure(part: str, title: str) -> None:
         line = axes.plot(costs / 1e6, curves.mean(axis=0), label=f"{arm} ({len(curves)} seeds)")[0]
         band = curves.mean(axis=0) - half, curves.mean(axis=0) + half
         axes.fill_between(costs / 1e6, *band, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="cost, million tokens (forward 1, forward and backward 3)", ylabel="exact match, test questions", title=title)
+    axes.set(xlabel="cost, million tokens (forward 1, forward and backward 3)", ylabel="exact match, test questions", title=title, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     picture.savefig(HERE / f"evidence-{part}.png", dpi=110)
