@@ -44,6 +44,7 @@ def quick(monkeypatch):
 def test_cost_is_the_tokens_that_the_models_saw(here, quick, monkeypatch, kind):
     """Counted a second time, inside: what rollout returned, and what policy_hidden was given."""
     import grpo
+    import ofsd
     import train
 
     seen = {"sampled": 0, "forward": 0}
@@ -79,7 +80,7 @@ def test_cost_is_the_tokens_that_the_models_saw(here, quick, monkeypatch, kind):
 
     monkeypatch.setattr(train, "rollout", rollout)
     monkeypatch.setattr(train, "frozen_copy", run_start)  # of the run's start: kl is a statistic
-    monkeypatch.setattr(train, "policy_hidden", policy_hidden)
+    monkeypatch.setattr(ofsd, "policy_hidden", policy_hidden)
     monkeypatch.setattr(grpo, "policy_hidden", policy_hidden)
     monkeypatch.setattr(evidence, "policy_hidden", policy_hidden)
     monkeypatch.setattr(evidence, "kl_by_kind", kl_by_kind)
