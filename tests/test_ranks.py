@@ -39,3 +39,11 @@ def test_a_whole_run_on_two_ranks_completes_and_is_written_once(command, tmp_pat
     assert [row["question"] for row in answers if row["kind"] == "eval" and row["stage"] == "ofsd-1"] == tested
     assert done.stdout.count("test questions, greedy") == 1
     load_model(str(tmp_path / "run/model"))
+    # Resumed on as many ranks it ends the same; on another number it is refused.
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in ("trajectories.jsonl", "model/model.safetensors")}
+    sorted((tmp_path / "run/checkpoints").glob("*.pt"))[-1].unlink()
+    alone = command("train.py", "--resume", tmp_path / "run")
+    assert alone.returncode == 2 and "the number of processes is another" in alone.stderr
+    again = command(*TORCHRUN, "train.py", "--resume", tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
