@@ -125,12 +125,6 @@ def test_the_command(command, refused, tmp_path):
     assert "--max-searches" in refused(*ask, "--max-searches", -1)
 
 
-def test_each_script_says_what_it_is_when_run_alone(command):
-    for name in ("retriever", "rollout", "grpo", "ofsd", "eval"):
-        done = command(f"{name}.py")
-        assert done.returncode == 0 and len(done.stdout) > 200 and not done.stderr
-
-
 def test_intervals_and_averages():
     """Wilson: 0 of 10 is 0 to 3.8416 / 13.8416; half of 100 is .404 to .596. Averages count each set once."""
     assert interval(0.0, 10) == (pytest.approx(0.0), pytest.approx(0.27754, abs=1e-4))

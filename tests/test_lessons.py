@@ -13,7 +13,7 @@ from conftest import ROOT
 def lesson():
     def run(*arguments):
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"NO_COLOR": "1"})
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0 and not done.stderr, done.stderr
         assert "\033" not in done.stdout
         return done.stdout
 
