@@ -342,14 +342,15 @@ def frozen_copy(model):
     return frozen.bfloat16() if model.device.type == "cuda" else frozen
 
 
-def random_states(new: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """torch's random states, of the CPU and of every GPU; set to new ones first, if any are given."""
-    cuda = torch.cuda.is_available()
-    if new:
-        torch.set_rng_state(new[0])
-        if cuda:
-            torch.cuda.set_rng_state_all(new[1:])
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if cuda else [])]
+def random_states() -> list[torch.Tensor]:
+    """torch's, of the CPU and of every GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_states(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states[1:])
 
 
 def checksum_of(path: Path) -> str:

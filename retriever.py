@@ -63,14 +63,20 @@ def printable(text: str) -> str:
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
 
 
-def paint(text: str, colour: str) -> str:
-    """In an ANSI colour, where standard output is a terminal and NO_COLOR is not set."""
-    return f"\033[{colour}m{text}\033[0m" if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text
+def paint(text: str, colour: str, plain: str | None = None) -> str:
+    """In an ANSI colour, where standard output is a terminal and NO_COLOR is not set; else plain (None: the text)."""
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        return f"\033[{colour}m{text}\033[0m"
+    return text if plain is None else plain
 
 
 def whole(text: str) -> str:
     """The text with U+FFFD for lone surrogates, which JSON can carry but neither UTF-8 nor a tokenizer."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()  # nearly always: reading a corpus must not pay for the rest
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def at_least(least: int):
@@ -439,8 +445,7 @@ def main() -> None:
     matched = set(words(query))
 
     def mark(word: re.Match) -> str:
-        bold = paint(word[0], "1")
-        return word[0] if word[0].lower() not in matched else bold if bold != word[0] else f"*{word[0]}*"
+        return paint(word[0], "1", plain=f"*{word[0]}*") if word[0].lower() in matched else word[0]
 
     for rank, passage in enumerate(found, start=1):
         marked = re.sub(r"\w+", mark, printable(f"{passage.title}: {passage.text}"))

@@ -52,7 +52,7 @@ from transformers import set_seed
 from eval import exact_match, load_mixture, load_questions, report, rewards_of, score
 from grpo import (
     batch_stats, frozen_copy, grpo_step, knows_output_layer, load_checkpoint, random_states, rank_and_ranks, same_on_all_ranks,
-    save_checkpoint,
+    save_checkpoint, set_random_states,
 )  # fmt: skip
 from ofsd import Adapters, mine_pairs, ofsd_step, spans, token_divergences
 from retriever import BadInput, Parser, RemoteRetriever, SearchFailed, open_index, run_script
@@ -250,7 +250,7 @@ class Run:
         self.began -= saved["time_s"]
         self.model.load_state_dict(saved["model"])
         self.rng.setstate(saved["rng"])
-        random_states(saved["torch"][self.rank])
+        set_random_states(saved["torch"][self.rank])
         for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():
             os.truncate(path, saved["sizes"].get(path.name, 0))
 
@@ -264,7 +264,7 @@ class Run:
             parameter.data.copy_(value)
         if "teacher" in saved:
             teacher.load_state_dict(saved["teacher"])
-        random_states(saved["torch"][self.rank])  # adapters have drawn from it
+        set_random_states(saved["torch"][self.rank])  # adapters have drawn from it
         return saved
 
     def stop(self, number: int, _frame=None) -> None:
@@ -346,10 +346,10 @@ def grpo_stage(run: Run, stage: str, number: int) -> None:
 # ---------------------------------------------------------------- OFSD
 
 
-def mine(run: Run, questions: list[dict], trajectories: list[Trajectory]) -> tuple[list[tuple], dict]:
+def mine(run: Run, questions: list[dict], trajectories: list[Trajectory], rewards: list[float]) -> tuple[list[tuple], dict]:
     """Pairs as (question, reference, student, privileged prompt), and what was counted."""
     limits = dict(context=context_length(run.model), max_tokens=run.config.max_reference_tokens)
-    return mine_pairs(run.tokenizer, questions, trajectories, rewards_of(questions, trajectories), **limits)
+    return mine_pairs(run.tokenizer, questions, trajectories, rewards, **limits)
 
 
 def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
@@ -372,11 +372,11 @@ def mine_stage(run: Run, stage: str) -> tuple[list[tuple], dict]:
     began = time.time()
     questions = run.rng.sample(run.train_set, min(config.ofsd_questions or len(run.train_set), len(run.train_set)))
     pool = run.sample(questions, group_size=config.group_size, progress="pool")
-    pairs, counts = mine(run, questions, pool)
+    rewards = rewards_of(questions, pool)
+    pairs, counts = mine(run, questions, pool, rewards)
     edge = teacher_edge(run, pairs) if pairs else {"edge": None, "edge_supported": None}
     skipped = not pairs or (edge["edge_supported"] <= 0 and not config.force_ofsd)
     run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
-    rewards = rewards_of(questions, pool)
     groups = {id(question): rewards[i * config.group_size : (i + 1) * config.group_size] for i, question in enumerate(questions)}
     for number, (question, reference, student, prompt) in enumerate(pairs):
         heat = token_divergences(run.model, run.model, student, prompt) if number < HEAT else []

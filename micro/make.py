@@ -44,7 +44,7 @@ from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokeniz
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from eval import evaluate, exact_match, load_questions, supported  # noqa: E402
+from eval import evaluate, load_questions, rewards_of, supported  # noqa: E402
 from ofsd import PRIVILEGED, privileged_prompt  # noqa: E402
 from retriever import BM25, BadInput, Parser, Passage, at_least, load_corpus, open_index, run_script  # noqa: E402
 from rollout import (  # noqa: E402
@@ -359,7 +359,9 @@ def start_real(name: str, questions: str, corpus: str, out: Path, count: int, rn
     model, tokenizer = load_model(name)
     rows = load_questions(questions)
     for row in rng.sample(rows, len(rows)):
-        if len(demos) < count and (steps := demonstrate_real(index, row)):
+        if len(demos) == count:
+            break
+        if steps := demonstrate_real(index, row):
             prompt = chat_ids(tokenizer, standard_prompt(tokenizer, row["question"]))
             demos.append(as_trajectory(tokenizer, steps, row["question"], prompt))
     if not demos:
@@ -386,12 +388,10 @@ def check(name: str) -> dict:
         return rollout(model, tokenizer, index, [q["question"] for q in questions], **how)
 
     run = SimpleNamespace(config=Config(), model=model, tokenizer=tokenizer, sample=sample)
-    size = run.config.group_size
     greedy = evaluate(model, tokenizer, index, questions, progress="greedy")
-    pool = sample(questions, group_size=size, progress="sampled")
-    golds = [q["golden_answers"] for q in questions for _ in range(size)]
-    sampled = [exact_match(t.answer, gold) for t, gold in zip(pool, golds)]
-    pairs, counts = mine(run, questions, pool)
+    pool = sample(questions, group_size=run.config.group_size, progress="sampled")
+    sampled = rewards_of(questions, pool)
+    pairs, counts = mine(run, questions, pool, sampled)
     nothing = SimpleNamespace(search=lambda queries, k: [[] for _ in queries])
     return {
         "greedy": greedy["em"], "sampled": sum(sampled) / len(sampled), **counts,

@@ -225,13 +225,13 @@ def rft_step(model, optimizer, batch: list, config: Config) -> dict:
 
 def mine_more(run: Counted, questions: list[dict], pool: list) -> tuple[list[tuple], dict]:
     """mine() again and again, each time without the students it has found: arm.students pairs a question."""
-    pairs, counts = mine(run, questions, pool)
+    pairs, counts = mine(run, questions, pool, rewards_of(questions, pool))
     for _ in range(run.arm.students - 1):
         used = {id(student) for _, _, student, _ in pairs}
         reference = {question["id"]: reference for question, reference, *_ in pairs}
         # A student that was used stands in for nothing: the group's reference takes its place.
         left = [reference[questions[i // run.config.group_size]["id"]] if id(t) in used else t for i, t in enumerate(pool)]
-        pairs += mine(run, questions, left)[0]
+        pairs += mine(run, questions, left, rewards_of(questions, left))[0]
     return pairs, counts | {"pairs": len(pairs)}
 
 
