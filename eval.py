@@ -30,7 +30,7 @@ from statistics import mean
 
 from datasets import load_dataset
 
-from retriever import BadInput, Parser, RemoteRetriever, at_least, open_index, printable, read_jsonl, run_script, whole
+from retriever import BadInput, Parser, RemoteRetriever, at_least, open_index, printable, read_jsonl, run_script, encodable
 from rollout import Trajectory, load_model, rollout, standard_prompt
 
 
@@ -100,7 +100,7 @@ def load_questions(spec: str) -> list[dict]:
             raise BadInput(f'{where}: "question" is missing or empty')
         if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a.strip() for a in answers):
             raise BadInput(f'{where}: "golden_answers" must be a list of at least one non-empty string')
-        questions.append({**row, "id": str(row.get("id", len(questions))), "question": whole(asked), "golden_answers": [*map(whole, answers)]})
+        questions.append({**row, "id": str(row.get("id", len(questions))), "question": encodable(asked), "golden_answers": [*map(encodable, answers)]})
     if not questions:
         raise BadInput(f"{spec}: no questions in it")
     return questions

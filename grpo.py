@@ -5,7 +5,7 @@ worse less likely. No value network: the group's mean is the baseline.
 
 Equations (R_i reward of trajectory i of a group, m its loss_mask, rho its probability ratio)
 
-    A_i     = (R_i - mean(R)) / (std(R) + eps)      std with ddof 1; Dr. GRPO: no division
+    A_i     = (R_i - mean(R)) / (std(R) + 1e-6)     std with ddof 1; Dr. GRPO: no division
     rho_it  = exp(log pi_theta(y_it) - log pi_old(y_it))             pi_old sampled y
     l_it    = -min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i)  [+ beta k3_it]
     k3      = exp(x) - x - 1,   x = log pi_ref - log pi_theta        at least 0, 0 where equal
@@ -14,28 +14,26 @@ Equations (R_i reward of trajectory i of a group, m its loss_mask, rho its proba
               dr_grpo: sum_it m_it l_it / (B * L)        L a constant length
 
 "The loss is zero, is it learning?" At the first update of a batch rho = 1, and the loss is
-minus the mean of the advantages, which is about 0 by construction: it says nothing. Its
-gradient is -A_i times the gradient of log pi(y_it), which is not 0: watch the reward.
+minus the mean advantage of the policy's tokens: 0 where the responses of a group are equally
+long, and near 0 otherwise. It says nothing. Its gradient is -A_i times the gradient of
+log pi(y_it), which is not 0: watch the reward.
 
 Deviations from the paper
-    1. beta is 0 by default; Search-R1, whose recipe the paper follows, uses .001. Its k3 is
-       to the policy the run started from.
+    1. beta is 0 by default; Search-R1, whose recipe the paper follows, uses .001. pi_ref is
+       the policy that the run started from (`start` in the code).
     2. The paper does not state its normalisation. Ours is `token`: one division for the whole
        batch, so the gradient does not depend on the micro-batch size.
-    3. Trajectories of a group without variance have A = 0 and so no gradient: grpo_step skips
-       their forward pass, but their tokens stay in the divisor, as in the plain formula. So kl,
-       entropy, clip_frac and the gap are over the groups with variance; where no group has any,
-       the first micro-batch stands in. With kl_coef 0, kl is of a quarter of the micro-batches:
-       the start policy's pass is a fourth of an update.
+    3. Trajectories of a group without variance have A = 0. With beta = 0 they have no gradient,
+       and grpo_step skips their forward pass; their tokens stay in the divisor, as in the plain
+       formula. So kl, entropy, clip_frac and the gap are over the groups with variance; where no
+       group has any, the first micro-batch stands in. And kl is then of a quarter of the
+       micro-batches: the start policy's pass is a fourth of an update.
 
     python grpo.py                # one group, its advantages, one update
 """
 
 import copy
-import hashlib
 import math
-import os
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,7 +54,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, by_std: bool = Tr
     >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0, 0.0]]), by_std=False)
     tensor([[ 0.8000, -0.2000, -0.2000, -0.2000, -0.2000]])
     """
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)  # (Q, G)
     if rewards.shape[1] == 1:
         return torch.zeros_like(rewards)
     centred = rewards - rewards.mean(dim=1, keepdim=True)  # (Q, G)
@@ -64,7 +62,7 @@ def group_advantages(rewards: torch.Tensor, eps: float = 1e-6, by_std: bool = Tr
         centred = centred / (rewards.std(dim=1, keepdim=True) + eps)  # (Q, G), ddof 1
     # Rounding leaves three rewards of .9 a hair off their mean: a group of equals is exactly 0.
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # (Q, 1)
-    return torch.where(equal, 0.0, centred)
+    return torch.where(equal, 0.0, centred)  # (Q, G)
 
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -92,7 +90,7 @@ def grpo_loss(
     batch's count when it comes in pieces (the other two norms want a batch whole). max_len: L of
     dr_grpo (None: T). Masked positions may hold anything. stats: clip_frac (share of policy
     tokens whose gradient the clip stops), kl (mean k3, where ref_logprobs are given), gap
-    (largest |log rho|).
+    (largest |log rho|). Raises ValueError for an unknown norm, and for kl_coef > 0 without ref_logprobs.
 
     >>> old, mask = torch.log(torch.tensor([[0.5, 0.5]])), torch.ones(1, 2)
     >>> new = torch.log(torch.tensor([[0.7, 0.5]])).requires_grad_()   # rho = 1.4, 1.0
@@ -105,16 +103,16 @@ def grpo_loss(
     inside = loss_mask.bool()  # (B, T)
     signal = advantages[:, None]  # (B, 1)
     log_ratio = torch.where(inside, logprobs - old_logprobs, 0.0)  # (B, T)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    ratio = log_ratio.exp()  # (B, T)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (B, T)
     losses = -torch.minimum(ratio * signal, clipped * signal)  # (B, T)
     count = inside.sum().clamp(min=1)
-    stopped = inside & (clipped * signal < ratio * signal)
+    stopped = inside & (clipped * signal < ratio * signal)  # (B, T)
     stats = {"clip_frac": (stopped.sum() / count).item(), "gap": log_ratio.detach().abs().max().item()}
     if ref_logprobs is not None:
         x = torch.where(inside, ref_logprobs - logprobs, 0.0)  # (B, T)
-        k3 = x.exp() - x - 1
-        losses = losses + kl_coef * k3
+        k3 = x.exp() - x - 1  # (B, T)
+        losses = losses + kl_coef * k3  # (B, T)
         stats["kl"] = (k3.detach().sum() / count).item()
     losses = torch.where(inside, losses, 0.0)  # (B, T)
     if norm == "token":
@@ -136,17 +134,19 @@ def grpo_loss(
 CHUNK = 2**25  # logits at a time: 134 MB a copy
 
 
-def policy_hidden(model, prompts: list[list[int]], responses: list[list[int]], masks: list[list[int]]) -> torch.Tensor:
+def policy_hidden(model, trajectories: list, prompts: list[list[int]] | None = None) -> torch.Tensor:
     """What the output layer reads where it predicts the policy's tokens, those whose mask is 1,
-    row after row: (N, H). Rows are padded on the right, where a causal model never looks."""
-    rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+    trajectory after trajectory: (N, H). prompts: ids to read in place of the trajectories' own
+    (OFSD's teacher). Rows are padded on the right, where a causal model never looks."""
+    prompts = prompts or [t.prompt_ids for t in trajectories]
+    rows = [torch.tensor(prompt + t.response_ids) for prompt, t in zip(prompts, trajectories)]
     ids = pad_sequence(rows, batch_first=True).to(model.device)  # (B, S)
     with checkpointed(model):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, S, H)
-    # Response token t of row b is predicted at position len(prompt) + t - 1.
-    places = [(b, len(prompts[b]) + t - 1) for b, mask in enumerate(masks) for t, sampled in enumerate(mask) if sampled]
+    # Response token i of row b is predicted at position len(prompt) + i - 1.
+    places = [(b, len(prompts[b]) + i - 1) for b, t in enumerate(trajectories) for i, sampled in enumerate(t.loss_mask) if sampled]
     where = torch.tensor(places, dtype=torch.long, device=model.device).view(-1, 2)  # (N, 2)
-    return hidden[where[:, 0], where[:, 1]]
+    return hidden[where[:, 0], where[:, 1]]  # (N, H)
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def backward_in_chunks(model, loss, hidden: torch.Tensor, *tensors: torch.Tensor
         value.backward()
         total += value.item()
         gradients.append(part.grad)
-    hidden.backward(torch.cat(gradients))
+    hidden.backward(torch.cat(gradients))  # (N, H)
     return total
 
 
@@ -245,7 +245,7 @@ def policy_tokens(trajectories: list, name: str, device) -> torch.Tensor:
 
 
 def micro_batches(items: list, size: int, length) -> list[list]:
-    """Groups of similar length: little padding. The gradient does not depend on the grouping."""
+    """Parts of similar length: little padding. The gradient does not depend on how they are cut."""
     items = sorted(items, key=length)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
@@ -279,6 +279,12 @@ def batch_stats(trajectories: list, rewards: torch.Tensor) -> dict[str, float]:
     }
 
 
+def frozen_copy(model):
+    """A copy that is never trained; on a GPU in bfloat16, half the memory: autocast computes in it anyway."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return frozen.bfloat16() if model.device.type == "cuda" else frozen
+
+
 def grpo_step(model, start, optimizer, trajectories: list, rewards: torch.Tensor, config) -> dict:
     """One batch of rollouts, question-major, and its rewards (Q, G): config.updates updates. config is
     train.py's; start is the policy that the run started from. Returns the statistics of a step's line."""
@@ -286,119 +292,58 @@ def grpo_step(model, start, optimizer, trajectories: list, rewards: torch.Tensor
     num_tokens = sum(sum(t.loss_mask) for t in trajectories)
     # Without variance there is no gradient, and the forward pass may be skipped; not all of
     # them, though, since the statistics are what tells a collapse.
-    written = [pair for pair in zip(trajectories, advantages) if pair[0].response_ids]  # a prompt too long gets no answer
-    batch = [pair for pair in written if pair[1] or config.kl_coef] or written[: config.micro_batch]
+    weighed = [(t, a) for t, a in zip(trajectories, advantages) if t.response_ids]  # a prompt too long gets no answer
+    batch = [(t, a) for t, a in weighed if a or config.kl_coef] or weighed[: config.micro_batch]
     seen = sum(sum(t.loss_mask) for t, _ in batch)  # policy tokens with a forward pass
     stats = dict.fromkeys(("loss", "kl", "clip_frac", "entropy", "grad_norm", "logprob_gap"), 0.0)
-    groups = micro_batches(batch, config.micro_batch, lambda pair: len(pair[0].response_ids))
+    parts = micro_batches(batch, config.micro_batch, lambda weighed: len(weighed[0].response_ids))
     # The start policy's forward pass: once for all updates, and where nothing but a statistic
     # depends on it, for every fourth micro-batch only (they are sorted by length).
     every = 1 if config.kl_coef else 4
-    measured = range(len(groups) // 2 % every, len(groups), every)
-    measured_tokens = sum(sum(t.loss_mask) for i in measured for t, _ in groups[i])
-    refs: dict[int, torch.Tensor] = {}
+    measured = range(len(parts) // 2 % every, len(parts), every)
+    measured_tokens = sum(sum(t.loss_mask) for i in measured for t, _ in parts[i])
+    start_logprobs: dict[int, torch.Tensor] = {}
 
-    def loss(logits, ids, old, advantage, *ref):
+    def loss(logits, ids, old, advantage, *of_start):
         """Of n of the policy's tokens, (n, V) and (n,) each, as n sequences of one; it also keeps the statistics."""
         logprobs = token_logprobs(logits, ids)[:, None]  # (n, 1)
-        value, part = grpo_loss(
+        value, its = grpo_loss(
             logprobs, old[:, None], advantage, torch.ones_like(logprobs), clip_eps=config.clip_eps,
-            ref_logprobs=ref[0][:, None] if ref else None, kl_coef=config.kl_coef, num_tokens=num_tokens,
+            ref_logprobs=of_start[0][:, None] if of_start else None, kl_coef=config.kl_coef, num_tokens=num_tokens,
         )  # fmt: skip
         stats["entropy"] += token_entropies(logits).sum().item() / seen / config.updates
-        stats["clip_frac"] += part["clip_frac"] * len(ids) / seen / config.updates
-        if ref:
-            stats["kl"] += part["kl"] * len(ids) / measured_tokens / config.updates
-        if number == 0:  # before any update: the two must agree
-            stats["logprob_gap"] = max(stats["logprob_gap"], part["gap"])
+        stats["clip_frac"] += its["clip_frac"] * len(ids) / seen / config.updates
+        if of_start:
+            stats["kl"] += its["kl"] * len(ids) / measured_tokens / config.updates
+        if nth == 0:  # before any update: the two must agree
+            stats["logprob_gap"] = max(stats["logprob_gap"], its["gap"])
         return value
 
     rank, ranks = rank_and_ranks()
-    for number in range(config.updates):
-        for i in tqdm(range(rank, len(groups), ranks), desc="update", disable=None, leave=False):
-            group = groups[i]
-            rows = [t for t, _ in group]
-            texts = [t.prompt_ids for t in rows], [t.response_ids for t in rows], [t.loss_mask for t in rows]
+    for nth in range(config.updates):
+        for i in tqdm(range(rank, len(parts), ranks), desc="update", disable=None, leave=False):
+            rows = [t for t, _ in parts[i]]
             ids, old = policy_tokens(rows, "response_ids", model.device), policy_tokens(rows, "logprobs", model.device)  # (N,)
-            advantage = torch.tensor([a for t, a in group for _ in range(sum(t.loss_mask))], device=model.device)  # (N,)
+            advantage = torch.tensor([a for t, a in parts[i] for _ in range(sum(t.loss_mask))], device=model.device)  # (N,)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                if number == 0 and i in measured:
+                if nth == 0 and i in measured:
                     with torch.no_grad():
-                        refs[i] = policy_logprobs(start, policy_hidden(start, *texts), ids)  # (N,)
-                hidden = policy_hidden(model, *texts)  # (N, H)
-                ref = [refs[i]] if i in refs else []
-                stats["loss"] += backward_in_chunks(model, loss, hidden, ids, old, advantage, *ref) / config.updates
+                        start_logprobs[i] = policy_logprobs(start, policy_hidden(start, rows), ids)  # (N,)
+                hidden = policy_hidden(model, rows)  # (N, H)
+                of_start = [start_logprobs[i]] if i in start_logprobs else []
+                stats["loss"] += backward_in_chunks(model, loss, hidden, ids, old, advantage, *of_start) / config.updates
         stats["grad_norm"] += update(optimizer, config.max_grad_norm) / config.updates
     stats |= {name: over_ranks(stats[name]) for name in ("loss", "kl", "clip_frac", "entropy")}
     return stats | {"logprob_gap": over_ranks(stats["logprob_gap"], dist.ReduceOp.MAX)}
 
 
-# ---------------------------------------------------------------- kept
-
-
-def frozen_copy(model):
-    """On a GPU in bfloat16, in half the memory: autocast computes in it anyway."""
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    return frozen.bfloat16() if model.device.type == "cuda" else frozen
-
-
-def random_states() -> list[torch.Tensor]:
-    """torch's, of the CPU and of every GPU."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_random_states(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states[1:])
-
-
-def checksum_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """One file, NUMBER-CHECKSUM.pt: flushed and then renamed, so it is there as a whole or not at
-    all. The last two are kept. Raises OSError where it cannot be written."""
-    folder.mkdir(exist_ok=True)
-    old, new = sorted(folder.glob("*.pt")), folder / "new"
-    try:
-        with open(new, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        number = int(old[-1].name[:6]) + 1 if old else 1
-        os.replace(new, folder / f"{number:06d}-{checksum_of(new)}.pt")
-    except (OSError, RuntimeError) as error:  # torch's own complaint hides what the file said
-        new.unlink(missing_ok=True)
-        raise OSError(f"cannot write a checkpoint to {folder}: {error.__context__ or error}") from None
-    for path in old[:-1]:
-        path.unlink()
-
-
-def load_checkpoint(folder: Path) -> dict | None:
-    """The last one that is whole; one that is not is put aside, and said so. weights_only: a
-    file of someone else's can hold numbers and text, but no code."""
-    for path in sorted(folder.glob("*.pt"), reverse=True):
-        try:
-            if path.stem.endswith(checksum_of(path)):
-                return torch.load(path, map_location="cpu", weights_only=True)
-            error = "it is cut off or changed"
-        except Exception as caught:  # whatever a file that is no checkpoint makes torch raise
-            error = " ".join(str(caught).split())[:200]
-        print(f"{path} is left out: {error}", file=sys.stderr)
-        if path.exists():  # of several processes the first does it
-            path.replace(path.with_suffix(".damaged"))
-    return None
-
-
 def lesson() -> None:
     """One group of micro/model: rewards, advantages, weights, and one update."""
     from eval import load_questions, rewards_of
-    from retriever import open_index
+    from retriever import Parser, open_index
     from rollout import load_model, rollout
 
+    Parser(description="One group of micro/model: its advantages, and one update.").parse_args()
     folder = Path(__file__).parent / "micro"
     model, tokenizer = load_model(str(folder / "model"))
     index = open_index(folder / "corpus.jsonl")
@@ -407,12 +352,11 @@ def lesson() -> None:
         rewards = torch.tensor(rewards_of([question], group)).view(1, 5)  # (1, G)
         if (rewards != rewards[:, :1]).any():  # a group of equals teaches nothing
             break
-    texts = [t.prompt_ids for t in group], [t.response_ids for t in group], [t.loss_mask for t in group]
 
     def likely() -> list[float]:
         """log pi of each whole trajectory, the policy's tokens only."""
         with torch.no_grad():
-            values = policy_logprobs(model, policy_hidden(model, *texts), policy_tokens(group, "response_ids", model.device))
+            values = policy_logprobs(model, policy_hidden(model, group), policy_tokens(group, "response_ids", model.device))
         return [part.sum().item() for part in values.split([sum(t.loss_mask) for t in group])]
 
     optimizer, num_tokens = torch.optim.AdamW(model.parameters(), lr=1e-4), sum(sum(t.loss_mask) for t in group)
@@ -428,4 +372,6 @@ def lesson() -> None:
 
 
 if __name__ == "__main__":
-    lesson()
+    from retriever import run_script
+
+    run_script(lesson)

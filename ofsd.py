@@ -9,19 +9,19 @@ Equations (q question, y_ref reference, y_stu the student's trajectory, m_t its 
 
     p_T(. | t) = pi_frozen( . | P_T(q, y_ref), y_stu[:t])      the privileged prompt, no gradient
     p_S(. | t) = pi_theta ( . | P_S(q),        y_stu[:t])      the standard prompt
-    loss       = sum_t m_t D(p_T || p_S) / sum_t m_t
+    loss       = sum_t m_t D(p_T || p_S) / sum_t m_t           sums over all pairs of an update
     forward_kl : D = sum_v d_v,   d_v = p_T(v) log(p_T(v) / p_S(v))       gradient by logit  p_S - p_T
     reverse_kl : D = sum_v d_v,   d_v = p_S(v) log(p_S(v) / p_T(v))
-    jsd        : D = sum_v d_v,   d_v = 1/2 p_T log(p_T / m) + 1/2 p_S log(p_S / m),   m = (p_T + p_S) / 2
-
-    LoRA       : W x + (alpha / r) B A x in every linear layer; only A and B are trained, the teacher
-                 is the same model with them off, and afterwards they are merged into W
+    jsd        : D = sum_v d_v,   d_v = 1/2 p_T log(p_T / p_m) + 1/2 p_S log(p_S / p_m),   p_m = (p_T + p_S) / 2
 
     clip none     : D as it is
     clip entry    : sum_v min(d_v, tau), the paper's. It is no divergence (it can be below 0) and
                     on clipped words its gradient points AWAY from the teacher; a test shows it.
     clip position : w_t D with w_t = min(1, tau / D), detached: caps rare large positions and
                     keeps the direction of every one
+
+    LoRA : W x + (alpha / r) B A x in every linear layer of the decoder; only A and B are trained, the
+           teacher is the same model with them off, and afterwards they are merged into W
 
 All tensors over the vocabulary are (N, V): the N positions whose mask is 1, at most a chunk of
 them at a time in training (grpo.py). "The loss is near zero, is it learning?" It is zero where the
@@ -34,7 +34,7 @@ Deviations from the paper
     2. By default all weights are trained, and the teacher is a frozen copy of the policy that GRPO
        left behind. The paper trains LoRA adapters on that policy (class Adapters, --lora-rank) and
        takes it with the adapters off: the same teacher, in less memory. Its rank is not stated.
-    3. The measure by which the student "differs most" is not published; mine_pair states ours.
+    3. The measure by which the student "differs most" is not published; `difference` is ours.
     4. K is not stated either; we sample as many as GRPO does (5). The wording is ours.
 
     python ofsd.py                # one pair, both prompts, the divergence at each token
@@ -47,10 +47,11 @@ from pathlib import Path
 
 import torch
 
-from grpo import backward_in_chunks, micro_batches, output_layer, over_ranks, policy_hidden, rank_and_ranks, update
-from retriever import BadInput, open_index, paint, run_script
+from grpo import backward_in_chunks, chunks, micro_batches, output_layer, over_ranks, policy_hidden, rank_and_ranks, update
+from retriever import BadInput, Parser, open_index, paint, run_script
 from rollout import (
-    Trajectory, autocast, chat_ids, decode, encode, fit_lengths, load_model, neutralise, parse_turn, rollout, standard_prompt,
+    Trajectory, autocast, chat_ids, context_length, decode, encode, fit_lengths, load_model, neutralise, parse_turn, rollout,
+    spans, standard_prompt,
 )  # fmt: skip
 
 PRIVILEGED = """\
@@ -88,24 +89,24 @@ def mine_pair(trajectories: list[Trajectory], rewards) -> tuple[Trajectory, Traj
     most from it, a wrong one if there is any. Ties: the lowest index. None where no trajectory
     is correct, or where all are correct and none differs from the reference.
     """
-    first = reference_index(trajectories, rewards)
-    if first is None:
+    best = reference_index(trajectories, rewards)
+    if best is None:
         return None
-    correct = [i for i, reward in enumerate(rewards) if reward > 0]
-    others = [i for i in range(len(trajectories)) if i not in correct] or [i for i in correct if i != first]
-    gaps = {i: difference(trajectories[first], trajectories[i]) for i in others}
+    wrong = [i for i, reward in enumerate(rewards) if reward <= 0]
+    others = wrong or [i for i in range(len(trajectories)) if i != best]
+    gaps = {i: difference(trajectories[best], trajectories[i]) for i in others}
     student = max(others, key=gaps.get, default=None)
-    if student is None or (student in correct and gaps[student] == (0, 0.0)):
+    if student is None or (not wrong and gaps[student] == (0, 0.0)):
         return None
-    return trajectories[first], trajectories[student]
+    return trajectories[best], trajectories[student]
 
 
 def mine_pairs(
-    tokenizer, questions: list[dict], trajectories: list[Trajectory], rewards: list[float], *, context: int, max_tokens: int
+    model, tokenizer, questions: list[dict], trajectories: list[Trajectory], rewards: list[float], max_tokens: int
 ) -> tuple[list[tuple], dict]:
     """Of question-major trajectories, the pairs as (question, reference, student, privileged prompt),
-    and how many questions gave one, and why others gave none. context: tokens that the model can
-    hold, prompt and response together; max_tokens: of the prompt."""
+    and how many questions gave one, and why others gave none. max_tokens: of a privileged prompt,
+    which must also fit the model's context together with the student's response."""
     pairs, counts = [], dict(pairs=0, no_correct=0, no_contrast=0, too_long=0)
     size = len(trajectories) // len(questions)
     for i, question in enumerate(questions):
@@ -114,7 +115,7 @@ def mine_pairs(
         if pair is None:
             counts["no_contrast" if any(rewards[group]) else "no_correct"] += 1
             continue
-        room = min(max_tokens, context - len(pair[1].response_ids))
+        room = min(max_tokens, context_length(model) - len(pair[1].response_ids))
         prompt = privileged_prompt(tokenizer, question["question"], pair[0], room)
         if prompt is None:
             counts["too_long"] += 1
@@ -163,15 +164,6 @@ def privileged_prompt(
         lengths = fit_lengths(lengths, max(0, sum(lengths) - (len(ids) - max_tokens)))
 
 
-def spans(trajectory: Trajectory):
-    """Yield (sampled, ids) for each run of tokens with the same author, in order."""
-    start, mask = 0, trajectory.loss_mask
-    for end in range(1, len(mask) + 1):
-        if end == len(mask) or mask[end] != mask[start]:
-            yield bool(mask[start]), trajectory.response_ids[start:end]
-            start = end
-
-
 def query_mask(tokenizer, trajectory: Trajectory) -> list[int]:
     """The loss_mask narrowed to search queries: 1 for the sampled tokens that end between <search>
     and </search> of a turn that searched. (The paper aligns all of the policy's tokens.)"""
@@ -189,7 +181,7 @@ def divergence_terms(log_s: torch.Tensor, log_t: torch.Tensor, kind: str) -> tor
     """d_v of the equations above, from log-probabilities (N, V), as (N, V). 0 log 0 is 0."""
 
     def term(log_p, log_q):
-        absent = log_p == -torch.inf  # filled before the product, so that no gradient is NaN
+        absent = log_p == -torch.inf  # (N, V), filled before the product, so that no gradient is NaN
         return log_p.exp() * (log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0))
 
     if kind == "forward_kl":
@@ -207,15 +199,16 @@ def divergences(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, *, kind: str = "forward_kl", clip: str = "none", tau: float = 0.05
 ) -> torch.Tensor:  # fmt: skip
     """D at each position, clipped if asked, in nats: (N, V), (N, V) -> (N,). Training calls this
-    in grpo.py's backward_in_chunks, so that only a chunk of positions at a time is as wide as V."""
+    in grpo.py's backward_in_chunks, so that only a chunk of positions at a time is as wide as V.
+    Raises ValueError for a kind or a clip that is not in the equations above."""
     log_s = torch.log_softmax(student_logits, dim=-1)  # (N, V)
     log_t = torch.log_softmax(teacher_logits.detach(), dim=-1)  # (N, V)
     terms = divergence_terms(log_s, log_t, kind)  # (N, V)
     if clip == "entry":
-        terms = terms.clamp(max=tau)
+        terms = terms.clamp(max=tau)  # (N, V)
     divergence = terms.sum(-1)  # (N,)
     if clip == "position":
-        return divergence * (tau / divergence.detach().clamp(min=tau))
+        return divergence * (tau / divergence.detach().clamp(min=tau))  # (N,)
     if clip not in ("none", "entry"):
         raise ValueError(f"clip is none, entry or position, not {clip!r}")
     return divergence
@@ -229,7 +222,8 @@ def distill_loss(
 
     (B, T, V), (B, T, V), (B, T) -> scalar. logits[:, t] predict response token t. num_tokens:
     the divisor; pass the whole batch's count when the batch comes in pieces. Masked positions
-    may hold anything, infinities too: they are left out before anything is computed.
+    may hold anything, infinities too: they are left out before anything is computed. This is the
+    formula to read and to test against; ofsd_step computes it a chunk at a time.
 
     >>> p, q = torch.tensor([[[0.6, 0.3, 0.1]]]).log(), torch.tensor([[[0.2, 0.3, 0.5]]]).log()
     >>> round(distill_loss(q, p, torch.ones(1, 1)).item(), 6)
@@ -241,39 +235,38 @@ def distill_loss(
 
 
 def ofsd_step(model, teacher, optimizer, pairs: list[tuple], config, adapters: "Adapters | None" = None) -> dict:
-    """One update on a batch of pairs (question, reference, student, privileged prompt), of which the last two
-    are read; config is train.py's. With adapters the teacher is the model itself, with them off."""
-    num_tokens = sum(sum(student.loss_mask) for _, _, student, _ in pairs)
-    taught_head = output_layer(teacher)
+    """One update on a batch of (student, privileged prompt); config is train.py's. With adapters the
+    teacher is the model itself, with them off."""
+    num_tokens = sum(sum(student.loss_mask) for student, _ in pairs)
+    teacher_head = output_layer(teacher)
 
-    def loss(logits, taught):
+    def loss(logits, teacher_hidden):
         with torch.no_grad():
-            taught_logits = taught_head(taught)  # (n, V)
+            teacher_logits = teacher_head(teacher_hidden)  # (n, V)
         how = dict(kind=config.divergence, clip=config.clip, tau=config.tau)
-        return divergences(logits, taught_logits, **how).sum() / num_tokens
+        return divergences(logits, teacher_logits, **how).sum() / num_tokens
 
     total = 0.0
     rank, ranks = rank_and_ranks()
-    for group in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[2].response_ids))[rank::ranks]:
-        # The same ids for both readers.
-        texts = [student.response_ids for _, _, student, _ in group], [student.loss_mask for _, _, student, _ in group]
+    for part in micro_batches(pairs, config.micro_batch, lambda pair: len(pair[0].response_ids))[rank::ranks]:
+        students, prompts = zip(*part)  # the same response under both prompts
         with autocast(model.device):
             with torch.no_grad(), adapters.off() if adapters else nullcontext():
-                taught = policy_hidden(teacher, [prompt for *_, prompt in group], *texts)  # (N, H)
-            hidden = policy_hidden(model, [student.prompt_ids for _, _, student, _ in group], *texts)  # (N, H)
-            total += backward_in_chunks(model, loss, hidden, taught)
+                teacher_hidden = policy_hidden(teacher, students, prompts)  # (N, H)
+            hidden = policy_hidden(model, students)  # (N, H)
+            total += backward_in_chunks(model, loss, hidden, teacher_hidden)
     return {"loss": over_ranks(total), "grad_norm": update(optimizer, config.max_grad_norm)}
 
 
 @torch.no_grad()
-def token_divergences(model, teacher, student: Trajectory, privileged: list[int]) -> list[tuple[int, float | None]]:
-    """To look at: of each of the student's tokens its id and the forward KL from teacher to student
-    there, in nats; None for the environment's."""
-    texts = [student.response_ids], [student.loss_mask]
-    read = (model, student.prompt_ids), (teacher, privileged)
+def token_divergences(model, student: Trajectory, privileged: list[int]) -> list[tuple[int, float | None]]:
+    """To look at: of each of the student's tokens its id and the forward KL there, in nats, from the model
+    under the privileged prompt (the teacher) to itself; None for the environment's."""
+    head = output_layer(model)
     with autocast(model.device):
-        heads = [output_layer(reader)(policy_hidden(reader, [prompt], *texts)) for reader, prompt in read]  # (N, V) each
-    values = iter(divergences(*heads).tolist())
+        hidden, teacher_hidden = policy_hidden(model, [student]), policy_hidden(model, [student], [privileged])  # (N, H)
+        parts = [divergences(head(h), head(t)) for h, t in chunks(model, hidden, teacher_hidden)]  # (n,) each
+    values = iter(torch.cat(parts).tolist())
     return [(token, next(values) if sampled else None) for token, sampled in zip(student.response_ids, student.loss_mask)]
 
 
@@ -324,6 +317,7 @@ def lesson() -> None:
     """One pair of micro/model: both prompts, and what the teacher would say otherwise, token by token."""
     from eval import load_questions, rewards_of
 
+    Parser(description="One pair of micro/model: both prompts, and the divergence at each token.").parse_args()
     folder = Path(__file__).parent / "micro"
     model, tokenizer = load_model(str(folder / "model"))
     index, pair = open_index(folder / "corpus.jsonl"), None
@@ -337,7 +331,7 @@ def lesson() -> None:
     privileged = privileged_prompt(tokenizer, question["question"], reference, 400)
     for reader, prompt in (("student", student.prompt_ids), ("teacher", privileged)):
         print(paint(f"---- the {reader}'s prompt ({len(prompt)} tokens)", "1") + f"\n{decode(tokenizer, prompt).strip()}\n")
-    heat = token_divergences(model, model, student, privileged)
+    heat = token_divergences(model, student, privileged)
     kl = [value for _, value in heat if value is not None]
     print(paint("---- the student's own trajectory", "1") + f", wrong: {student.answer}, not {question['golden_answers'][0]}. A number in")
     print("braces is the KL to the teacher at that token, in nats, where it is above .1; the environment's words have none.\n")

@@ -18,7 +18,7 @@ Deviations from the paper
     python retriever.py                                               # how a query is scored, word by word
     python retriever.py --corpus micro/corpus.jsonl some words        # a second or two
 
-This file also holds what every script needs to refuse bad input in one clear line.
+At the end stands what every script needs to refuse bad input in one clear line.
 """
 
 import argparse
@@ -46,85 +46,9 @@ class BadInput(ValueError):
     """The user's input is wrong; the message says what, where, and what to do about it."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, except that a wrong flag is one line on standard error and exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
-def printable(text: str) -> str:
-    r"""Text of others for a terminal: what would move its cursor, ring its bell, change its colours or
-    turn the direction of writing is shown as an escape.
-
-    >>> printable("red\x1b[31m\u202e alert")
-    'red\\x1b[31m\\u202e alert'
-    """
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
-
-
-def paint(text: str, colour: str, plain: str | None = None) -> str:
-    """In an ANSI colour, where standard output is a terminal and NO_COLOR is not set; else plain (None: the text)."""
-    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
-        return f"\033[{colour}m{text}\033[0m"
-    return text if plain is None else plain
-
-
-def whole(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can carry but neither UTF-8 nor a tokenizer."""
-    try:
-        text.encode()  # nearly always: reading a corpus must not pay for the rest
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def at_least(least: int):
-    """An argparse type: a whole number not below least."""
-
-    def whole_number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not {text!r}")
-        return int(text)
-
-    return whole_number
-
-
-def run_script(main) -> None:
-    """Run a script's main(): bad input ends it with one line and exit status 2, no traceback."""
-    try:
-        main()
-    except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2)
-
-
-def read_jsonl(path):
-    """Yield (where, dict) for each line of a JSON-lines file, plain or .gz; where is "file:line".
-
-    Blank lines are skipped. Raises BadInput for a missing file or a line that is not an object.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise BadInput(f"no such file: {path}")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        row = json.loads(line.decode("utf-8"))
-                    except (ValueError, RecursionError) as error:
-                        raise BadInput(f"{path}:{number}: not a line of JSON ({error})") from None
-                    if not isinstance(row, dict):
-                        raise BadInput(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                    yield f"{path}:{number}", row
-        except (OSError, EOFError) as error:  # a truncated or false .gz fails while it is read
-            raise BadInput(f"{path}: cannot be read ({error})") from None
-
-
 @dataclass(frozen=True)
 class Passage:
-    """One passage of the corpus; score is its BM25 score for the query that found it."""
+    """One passage of the corpus; score is the retriever's, for the query that found it."""
 
     id: str
     title: str
@@ -144,7 +68,7 @@ def read_corpus(path):
         title, text = row.get("title", ""), row.get("text")
         if not isinstance(text, str) or not isinstance(title, str) or "id" not in row:
             raise BadInput(f'{where}: a passage needs "id" and either "title" and "text" or "contents"')
-        yield Passage(str(row["id"]), whole(title), whole(text))
+        yield Passage(str(row["id"]), encodable(title), encodable(text))
     if not where:
         raise BadInput(f"{path}: the corpus is empty")
 
@@ -166,6 +90,11 @@ def words(text: str) -> list[str]:
     ['apollo', '8', 's', 'crew']
     """
     return re.findall(r"\w+", text.lower())
+
+
+RUN = 1_000_000  # words that are sorted at once while an index is built
+BLOCK = 512  # passages whose best score is looked at first: shorter rows cost numpy more than they save
+FORMAT = f"search-e1 bm25, version 1, blocks of {BLOCK}"  # saved columns are padded to whole blocks
 
 
 class BM25:
@@ -336,19 +265,6 @@ class BM25:
         return index
 
 
-RUN = 1_000_000  # words that are sorted at once while an index is built
-BLOCK = 512  # passages whose best score is looked at first: shorter rows cost numpy more than they save
-FORMAT = f"search-e1 bm25, version 1, blocks of {BLOCK}"  # saved columns are padded to whole blocks
-
-
-def checksum(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while part := file.read(1 << 22):
-            value = zlib.crc32(part, value)
-    return value
-
-
 def open_index(corpus, folder=None) -> BM25:
     """The index of a corpus file: the saved one where it is newer than the corpus and was built
     from it, else built anew. folder None looks beside the corpus, in its name with .bm25 after
@@ -377,7 +293,7 @@ class RemoteRetriever:
     "topk", "return_scores"} -> {"result": [[{"document": {"contents"}, "score"}, ...], ...]}.
 
     timeout: seconds an attempt may take. What may pass by itself (no connection, a time-out, a
-    server's error 5xx) is tried again, `retries` times, after 1, 2, 4, ... seconds; then, or where
+    server's error 5xx) is tried again, `retries` times, after pause, 2 pause, 4 pause, ... seconds; then, or where
     the server answers what is not of this form, SearchFailed is raised, or, with on_failure "nothing",
     the queries find nothing, which is said on standard error and counted in `failed`.
     """
@@ -414,7 +330,7 @@ class RemoteRetriever:
     def _passage(self, hit: dict) -> Passage:
         document = hit["document"]
         parts = title_and_text(document["contents"])
-        return Passage(str(document.get("id", "")), whole(parts["title"]), whole(parts["text"]), float(hit["score"]))
+        return Passage(str(document.get("id", "")), encodable(parts["title"]), encodable(parts["text"]), float(hit["score"]))
 
     def _post(self, body: dict):
         request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
@@ -431,6 +347,96 @@ class RemoteRetriever:
                 if getattr(error, "code", 500) < 500:
                     break  # our request is refused, and would be again
         raise SearchFailed(f"no answer from {self.url} in {attempt + 1} attempts ({reason})")
+
+
+# ---------------------------------------------------------------- what every script needs
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a wrong flag is one line on standard error and exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def printable(text: str) -> str:
+    r"""Text of others for a terminal: what would move its cursor, ring its bell, change its colours or
+    turn the direction of writing is shown as an escape.
+
+    >>> printable("red\x1b[31m\u202e alert")
+    'red\\x1b[31m\\u202e alert'
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
+
+
+def paint(text: str, colour: str, plain: str | None = None) -> str:
+    """In an ANSI colour, where standard output is a terminal and NO_COLOR is not set; else plain (None: the text)."""
+    if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
+        return f"\033[{colour}m{text}\033[0m"
+    return text if plain is None else plain
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can carry but neither UTF-8 nor a tokenizer."""
+    try:
+        text.encode()  # nearly always: reading a corpus must not pay for the rest
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def at_least(least: int):
+    """An argparse type: a whole number not below least."""
+
+    def whole_number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, not {text!r}")
+        return int(text)
+
+    return whole_number
+
+
+def run_script(main) -> None:
+    """Run a script's main(): bad input ends it with one line and exit status 2, no traceback."""
+    try:
+        main()
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def read_jsonl(path):
+    """Yield (where, dict) for each line of a JSON-lines file, plain or .gz; where is "file:line".
+
+    Blank lines are skipped. Raises BadInput for a missing file or a line that is not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"no such file: {path}")
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        row = json.loads(line.decode("utf-8"))
+                    except (ValueError, RecursionError) as error:
+                        raise BadInput(f"{path}:{number}: not a line of JSON ({error})") from None
+                    if not isinstance(row, dict):
+                        raise BadInput(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                    yield f"{path}:{number}", row
+        except (OSError, EOFError) as error:  # a truncated or false .gz fails while it is read
+            raise BadInput(f"{path}: cannot be read ({error})") from None
+
+
+def checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            value = zlib.crc32(part, value)
+    return value
+
+
+# ---------------------------------------------------------------- run alone
 
 
 def main() -> None:

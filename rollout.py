@@ -39,7 +39,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -86,6 +85,15 @@ class Trajectory:
         self.response_ids += ids
         self.loss_mask += [0 if logprobs is None else 1] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
+
+
+def spans(trajectory: Trajectory):
+    """Yield (sampled, ids) for each run of tokens with the same author, in order."""
+    start, mask = 0, trajectory.loss_mask
+    for end in range(1, len(mask) + 1):
+        if end == len(mask) or mask[end] != mask[start]:
+            yield bool(mask[start]), trajectory.response_ids[start:end]
+            start = end
 
 
 # ---------------------------------------------------------------- text in, text out
@@ -193,7 +201,7 @@ def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int
     """<information>, a line "- title: text" for each passage, </information>, as ids. The passages
     are cut to fit the budget (tokens, tags included) first, so no tag is ever cut."""
     newline, head, tail = (encode(tokenizer, text) for text in ("\n", "\n<information>\n", "</information>\n"))
-    # Of a megabyte in one line only what can fit is encoded: tokens do not average twenty characters.
+    # A passage may be a megabyte in one line: twenty characters for each token of the budget are enough.
     lines = [" ".join(f"- {passage.title}: {passage.text}"[: 20 * budget].split()) for passage in passages] or ["nothing was found"]
     lines = [encode(tokenizer, neutralise(line, tokenizer)) for line in lines]
     kept = fit_lengths([len(line) for line in lines], budget - len(head) - len(tail) - len(lines) * len(newline))
@@ -201,7 +209,7 @@ def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int
     return head + body + tail
 
 
-# ---------------------------------------------------------------- the model, cached and not
+# ---------------------------------------------------------------- the model, with its cache
 
 
 class RowLayer(CacheLayerMixin):
@@ -213,12 +221,13 @@ class RowLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, keys, values):
-        self.keys, self.values = (x.new_zeros(x.shape[0], x.shape[1], 0, x.shape[3]) for x in (keys, values))
+        self.keys, self.values = (values.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
         self.is_initialized = True
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
+        keys = keys.to(values.dtype)  # under autocast rotary embeddings make them float32: twice what attention reads
         slots, used = self.cache.slots, self.cache.used  # slots: (n, S)
         if used > self.keys.shape[2]:  # grow by half as much again: copying stays rare
             more = max(used * 3 // 2, 64) - self.keys.shape[2]
@@ -304,24 +313,6 @@ def context_length(model) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
 
-def response_logits(model, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
-    """The logits that predict each response token, in one forward pass without a cache:
-    (B, T, V), T = the longest response. What stands after a shorter response means nothing.
-
-    Rows are padded on the right only: a causal model never looks there, so no mask is needed.
-    """
-    device, starts = model.device, torch.tensor([len(prompt) for prompt in prompts])
-    rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
-    ids = pad_sequence(rows, batch_first=True).to(device)  # (B, S)
-    first = int(starts.min()) - 1  # the position that predicts the earliest response token
-    with autocast(device):
-        output = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first)
-    size = max(len(response) for response in responses)
-    # Response token t of row b is predicted at position starts[b] + t - 1.
-    columns = (starts[:, None] - 1 - first + torch.arange(size)).clamp(max=output.logits.shape[1] - 1)  # (B, T)
-    return output.logits[torch.arange(len(rows))[:, None], columns.to(device)].float()  # (B, T, V)
-
-
 # ---------------------------------------------------------------- sampling
 
 
@@ -349,7 +340,8 @@ def rollout(
     temperature 0 is greedy (logprobs are then those at temperature 1). seed None draws from
     torch's global state. batch_size: trajectories in flight. prompts: token ids to condition
     on, one list a question, in place of the standard prompt (OFSD's teacher). progress: what a
-    progress bar is to say. The other arguments are the budgets named in Trajectory.
+    progress bar is to say. max_searches and k: searches a trajectory, passages a search. In tokens:
+    max_tokens a response, observations included; max_turn_tokens; max_observation_tokens.
     """
     if prompts is None:
         prompts = [chat_ids(tokenizer, standard_prompt(tokenizer, question)) for question in questions]
@@ -388,11 +380,11 @@ def rollout(
         n = len(rows)
         while n:
             logits = cache.forward([[token] for token in tokens[:n]])  # (n, V)
-            logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+            logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (n, V)
             if temperature:
                 chosen = draw(logprobs, generator)  # (n, 1)
             else:
-                chosen = logprobs.argmax(dim=-1, keepdim=True)
+                chosen = logprobs.argmax(dim=-1, keepdim=True)  # (n, 1)
             tokens[:n], values = chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()
             for row, token, value in zip(rows, tokens, values):
                 row.extend([token], [value])

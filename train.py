@@ -3,7 +3,7 @@
     for each round:
         GRPO   rollouts, exact-match rewards, one clipped policy update a batch        (grpo.py)
         OFSD   re-sample, mine (reference, student) pairs, measure the teacher's edge,
-               distil the privileged policy into the standard one                      (ofsd.py)
+               pull the student towards the teacher                                    (ofsd.py)
 
     python train.py                               # two rounds on the micro world; minutes on 2 cores
     python train.py --seed 1 --out runs/seed1     # every field of Config is a flag
@@ -19,7 +19,8 @@ What a step's line says: reward; zero_var, the share of groups with equal reward
 nothing); kl to the start policy (k3); clip_frac; entropy; grad_norm; length of a response in
 tokens; searches; no_answer and repeats, shares of trajectories (repeats: asks a query twice);
 logprob_gap, the largest difference between the rollout's log-probability of a token and the
-training pass's before any update: a bug in mask, cache or temperature shows here first.
+training pass's before any update: a bug in mask, cache or temperature shows here first;
+no_update, true where the gradient was not finite and nothing was changed.
 
 Deviations from the paper
     1. Sizes and learning rates are those of a model of a million parameters on two cores; the
@@ -49,14 +50,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import set_seed
 
-from eval import exact_match, load_mixture, load_questions, report, rewards_of, score
-from grpo import (
-    batch_stats, frozen_copy, grpo_step, knows_output_layer, load_checkpoint, random_states, rank_and_ranks, same_on_all_ranks,
-    save_checkpoint, set_random_states,
-)  # fmt: skip
-from ofsd import Adapters, mine_pairs, ofsd_step, spans, token_divergences
-from retriever import BadInput, Parser, RemoteRetriever, SearchFailed, open_index, run_script
-from rollout import Trajectory, context_length, decode, load_model, rollout, save_model
+from eval import load_mixture, load_questions, report, rewards_of, score
+from grpo import batch_stats, frozen_copy, grpo_step, knows_output_layer, rank_and_ranks, same_on_all_ranks
+from ofsd import Adapters, mine_pairs, ofsd_step, token_divergences
+from retriever import BadInput, Parser, RemoteRetriever, SearchFailed, checksum, open_index, run_script
+from rollout import Trajectory, decode, load_model, rollout, save_model, spans
 
 
 def setting(default, help: str):
@@ -85,7 +83,7 @@ class Config:
     grpo_steps: int = setting(20, "steps a round")
     questions_per_step: int = setting(16, "groups a step")
     group_size: int = setting(5, "G, trajectories a question; also K, OFSD's")
-    grpo_lr: float = setting(1.5e-4, "learning rate of AdamW at the start; it falls in a line to 0 at the last round's end")
+    grpo_lr: float = setting(1.5e-4, "learning rate of AdamW at the start; it falls linearly, to 0 at the last round's end")
     updates: int = setting(1, "updates on each batch of rollouts")
     clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
     kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty to the start policy")
@@ -97,7 +95,7 @@ class Config:
     divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd")
     clip: str = setting("none", "none, entry (the paper's) or position")
     tau: float = setting(0.05, "cap of the clip, in nats")
-    max_reference_tokens: int = setting(224, "tokens of the privileged prompt; passages of the reference are cut to fit")
+    max_privileged_tokens: int = setting(224, "tokens of the privileged prompt; passages of the reference are cut to fit")
     lora_rank: int = setting(0, "distil into adapters of this rank, then merge them, as the paper does (0: all weights)")
     grpo_lora_rank: int = setting(0, "the same in a GRPO stage, for a card too small for all weights")
     force_ofsd: bool = setting(False, "distil even where the teacher has no supported edge")
@@ -145,7 +143,7 @@ class Run:
         self.retriever.search([self.train_set[0]["question"]], config.k)  # is the server there?
         self.model, self.tokenizer = load_model(config.model)
         if not knows_output_layer(self.model):
-            raise BadInput(f"{config.model}: its output layer does more than a product, which training here does not know")
+            raise BadInput(f"{config.model}: its logits are more than a product with the last hidden state, which training here cannot do")
         if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable()
         if config.prompt:  # kept in the tokenizer's files, so that the trained model carries it
@@ -157,12 +155,11 @@ class Run:
         self.start = frozen_copy(self.model)
         self.evaluations: list[dict] = []
         self.began = time.time()
-        # Where the run stands, as a checkpoint has it; and what a signal needs to know.
-        self.inputs = zlib.crc32(repr((self.train_set, self.test_set)).encode(errors="replace"))
+        self.fingerprint = zlib.crc32(repr((self.train_set, self.test_set)).encode(errors="replace"))
         for parameter in self.model.parameters():
-            self.inputs = zlib.crc32(parameter.detach().cpu().numpy(), self.inputs)
-        self.saved, self.bad_updates = {}, 0  # saved: the checkpoint to go on from
-        self.unsaved, self.stopping = False, 0
+            self.fingerprint = zlib.crc32(parameter.detach().cpu().numpy(), self.fingerprint)
+        self.saved: dict = {}  # the checkpoint to go on from, until its stage has begun; then only the stage's name
+        self.bad_updates, self.unsaved, self.stopping = 0, False, 0
         if resume:
             self.restore()
         elif self.rank == 0:
@@ -192,18 +189,16 @@ class Run:
 
     def sample(self, questions: list[dict], *, prompts: list | None = None, group_size: int = 1, **how) -> list[Trajectory]:
         """rollout() by this run's settings. Every rank samples its share and gets the whole."""
-        mine = slice(self.rank, None, self.ranks)
+        share = slice(self.rank, None, self.ranks)
+        names = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
+        budgets = {name: getattr(self.config, name) for name in names}
         trajectories = rollout(
-            self.model, self.tokenizer, self.retriever, [q["question"] for q in questions[mine]],
-            prompts=prompts and prompts[mine], group_size=group_size, **self.sampling(), **how,
+            self.model, self.tokenizer, self.retriever, [q["question"] for q in questions[share]], group_size=group_size,
+            prompts=prompts and prompts[share], batch_size=self.config.rollout_batch, **budgets, **how,
         )  # fmt: skip
         parts = self.gather(trajectories)
         groups = [(i % self.ranks, i // self.ranks * group_size) for i in range(len(questions))]
         return [t for rank, first in groups for t in parts[rank][first : first + group_size]]
-
-    def sampling(self) -> dict:
-        names = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
-        return {name: getattr(self.config, name) for name in names} | {"batch_size": self.config.rollout_batch}
 
     def evaluate(self, stage: str, **edge) -> None:
         """Test the policy greedily; log it with every answer; save the model."""
@@ -211,8 +206,7 @@ class Run:
         metrics = score(self.test_set, trajectories) | edge
         self.log("eval", stage, **metrics)
         self.evaluations.append({"stage": stage, **metrics, "time_s": time.time() - self.began})
-        for question, trajectory in zip(self.test_set, trajectories):
-            em = exact_match(trajectory.answer, question["golden_answers"])
+        for question, trajectory, em in zip(self.test_set, trajectories, rewards_of(self.test_set, trajectories)):
             self.append("trajectories.jsonl", {"kind": "eval", "stage": stage, "id": question["id"], "em": em}
                         | self.as_json(trajectory) | {"golden_answers": question["golden_answers"]})  # fmt: skip
         if self.rank == 0:
@@ -230,7 +224,7 @@ class Run:
         """Save that so many steps of a stage are done; more: what this stage wants back. Nothing draws
         from numpy's or Python's global random states, so they are not in it."""
         state = {
-            "stage": stage, "step": step, **more, "inputs": self.inputs, "model": self.model.state_dict(),
+            "stage": stage, "step": step, **more, "fingerprint": self.fingerprint, "model": self.model.state_dict(),
             "rng": self.rng.getstate(), "torch": self.gather(random_states()), "bad_updates": self.bad_updates,
             "evaluations": self.evaluations, "time_s": time.time() - self.began,
             "sizes": {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")},
@@ -244,7 +238,7 @@ class Run:
         saved = self.saved = load_checkpoint(self.folder / "checkpoints")
         if saved is None:
             raise BadInput(f"{self.folder} holds no whole checkpoint to resume from")
-        if saved["inputs"] != self.inputs or len(saved["torch"]) != self.ranks:
+        if saved["fingerprint"] != self.fingerprint or len(saved["torch"]) != self.ranks:
             raise BadInput(f"{self.folder}: the model, the questions or the number of processes is another than when it began")
         self.evaluations, self.bad_updates = saved["evaluations"], saved["bad_updates"]
         self.began -= saved["time_s"]
@@ -276,9 +270,9 @@ class Run:
 
     def end_step(self, stage: str, step: int, steps: int, stats: dict, **saved) -> None:
         """Log a step; save it where that is due, it is the last, or a signal came."""
-        skipped = not math.isfinite(stats["loss"] + stats["grad_norm"])
-        self.bad_updates = self.bad_updates + 1 if skipped else 0
-        self.log("step", stage, step=step, **stats, skipped=skipped)
+        no_update = not math.isfinite(stats["grad_norm"])
+        self.bad_updates = self.bad_updates + 1 if no_update else 0
+        self.log("step", stage, step=step, **stats, no_update=no_update)
         if self.bad_updates == BAD_UPDATES:
             raise BadInput(f"{stage}, step {step}: the {BAD_UPDATES} last updates had no finite gradient and were skipped. "
                            f"The checkpoint before them is whole; a lower learning rate may help")  # fmt: skip
@@ -290,7 +284,53 @@ class Run:
 
 
 class Stopped(Exception):
-    """By a signal, whose number it carries; all is saved."""
+    """By a signal, whose number it carries."""
+
+
+def random_states() -> list[torch.Tensor]:
+    """torch's, of the CPU and of every GPU."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_states(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """One file, NUMBER-CHECKSUM.pt: flushed and then renamed, so it is there as a whole or not at
+    all. The last two are kept. Raises OSError where it cannot be written."""
+    folder.mkdir(exist_ok=True)
+    old, new = sorted(folder.glob("*.pt")), folder / "new"
+    try:
+        with open(new, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        number = int(old[-1].name[:6]) + 1 if old else 1
+        os.replace(new, folder / f"{number:06d}-{checksum(new):08x}.pt")
+    except (OSError, RuntimeError) as error:  # torch's own complaint hides what the file said
+        new.unlink(missing_ok=True)
+        raise OSError(f"cannot write a checkpoint to {folder}: {error.__context__ or error}") from None
+    for path in old[:-1]:
+        path.unlink()
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The last one that is whole; one that is not is put aside, and said so. weights_only: a
+    file of someone else's can hold numbers and text, but no code."""
+    for path in sorted(folder.glob("*.pt"), reverse=True):
+        try:
+            if path.stem.endswith(f"{checksum(path):08x}"):
+                return torch.load(path, map_location="cpu", weights_only=True)
+            error = "it is cut off or changed"
+        except Exception as caught:  # whatever a file that is no checkpoint makes torch raise
+            error = " ".join(str(caught).split())[:200]
+        print(f"{path} is left out: {error}", file=sys.stderr)
+        if path.exists():  # of several processes the first does it
+            path.replace(path.with_suffix(".damaged"))
+    return None
 
 
 def training_state(optimizer, adapters: Adapters | None, teacher=None) -> dict:
@@ -346,12 +386,6 @@ def grpo_stage(run: Run, stage: str, number: int) -> None:
 # ---------------------------------------------------------------- OFSD
 
 
-def mine(run: Run, questions: list[dict], trajectories: list[Trajectory], rewards: list[float]) -> tuple[list[tuple], dict]:
-    """Pairs as (question, reference, student, privileged prompt), and what was counted."""
-    limits = dict(context=context_length(run.model), max_tokens=run.config.max_reference_tokens)
-    return mine_pairs(run.tokenizer, questions, trajectories, rewards, **limits)
-
-
 def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
     """On fresh samples for the mined questions: EM under the privileged prompt minus EM under
     the standard one, and the same counting only answers a retrieved passage supports."""
@@ -373,17 +407,17 @@ def mine_stage(run: Run, stage: str) -> tuple[list[tuple], dict]:
     questions = run.rng.sample(run.train_set, min(config.ofsd_questions or len(run.train_set), len(run.train_set)))
     pool = run.sample(questions, group_size=config.group_size, progress="pool")
     rewards = rewards_of(questions, pool)
-    pairs, counts = mine(run, questions, pool, rewards)
+    pairs, counts = mine_pairs(run.model, run.tokenizer, questions, pool, rewards, config.max_privileged_tokens)
     edge = teacher_edge(run, pairs) if pairs else {"edge": None, "edge_supported": None}
     skipped = not pairs or (edge["edge_supported"] <= 0 and not config.force_ofsd)
     run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
     groups = {id(question): rewards[i * config.group_size : (i + 1) * config.group_size] for i, question in enumerate(questions)}
     for number, (question, reference, student, prompt) in enumerate(pairs):
-        heat = token_divergences(run.model, run.model, student, prompt) if number < HEAT else []
+        heat = token_divergences(run.model, student, prompt) if number < HEAT else []
         run.append("trajectories.jsonl", {
             "kind": "pair", "stage": stage, "id": question["id"], "rewards": groups[id(question)],
             "reference": run.as_json(reference), "student": run.as_json(student),
-            "kl": [[decode(run.tokenizer, [token]), value and round(value, 4)] for token, value in heat],
+            "divergence": [[decode(run.tokenizer, [token]), value and round(value, 4)] for token, value in heat],
         })  # fmt: skip
     print(f"\n{stage}: {counts['pairs']} pairs of {len(questions)} questions ({counts['no_correct']} without a correct "
           f"trajectory, {counts['no_contrast']} without contrast, {counts['too_long']} too long)")  # fmt: skip
@@ -405,11 +439,10 @@ def ofsd_stage(run: Run, stage: str) -> dict:
         pairs, edge = mine_stage(run, stage)
         shuffled = [run.rng.sample(range(len(pairs)), len(pairs)) for _ in range(config.ofsd_epochs)]
         batches = [order[i : i + config.ofsd_batch] for order in shuffled for i in range(0, len(order), config.ofsd_batch)]
-        texts = [(s.prompt_ids, s.response_ids, s.loss_mask, prompt) for _, _, s, prompt in pairs]
-        mined = dict(pairs=texts, batches=batches, edge=edge)
+        ids = [(student.prompt_ids, student.response_ids, student.loss_mask, prompt) for _, _, student, prompt in pairs]
+        mined = dict(pairs=ids, batches=batches, edge=edge)
         run.checkpoint(stage, 0, **mined)
-    # Training reads of a pair only this much.
-    pairs = [({}, None, Trajectory("", *texts), prompt) for *texts, prompt in mined["pairs"]]
+    pairs = [(Trajectory("", *ids), prompt) for *ids, prompt in mined["pairs"]]
     batches = mined["batches"]
     if not batches:
         return mined["edge"]
@@ -437,6 +470,7 @@ def train(config: Config) -> Path:
 
 
 def loop(run: Run) -> Path:
+    """From where the run stands to its end."""
     stages = ["base", *(f"{kind}-{n}" for n in range(1, run.config.rounds + 1) for kind in ("grpo", "ofsd")), "end"]
     try:
         if not run.saved:

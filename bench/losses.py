@@ -40,13 +40,13 @@ def model(head):
     return SimpleNamespace(config=config, get_output_embeddings=lambda: head)
 
 
-def grpo_plain(head, hidden, taught, ids):
+def grpo_plain(head, hidden, teacher_hidden, ids):
     logits = head(hidden)  # (N, V)
     token_entropies(logits).sum()
     token_logprobs(logits, ids).mean().backward()
 
 
-def grpo_chunks(head, hidden, taught, ids):
+def grpo_chunks(head, hidden, teacher_hidden, ids):
     def loss(logits, ids_):
         token_entropies(logits).sum()
         return token_logprobs(logits, ids_).sum() / len(ids)
@@ -54,7 +54,7 @@ def grpo_chunks(head, hidden, taught, ids):
     backward_in_chunks(model(head), loss, hidden, ids)
 
 
-def grpo_trl(head, hidden, taught, ids):
+def grpo_trl(head, hidden, teacher_hidden, ids):
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
     logits = head(hidden)
@@ -63,34 +63,34 @@ def grpo_trl(head, hidden, taught, ids):
     selective_log_softmax(logits, ids).mean().backward()
 
 
-def ofsd_plain(head, hidden, taught, ids):
+def ofsd_plain(head, hidden, teacher_hidden, ids):
     with torch.no_grad():
-        teacher = head(taught)  # (N, V)
+        teacher = head(teacher_hidden)  # (N, V)
     divergences(head(hidden), teacher).mean().backward()
 
 
-def ofsd_chunks(head, hidden, taught, ids):
-    def loss(logits, taught):
+def ofsd_chunks(head, hidden, teacher_hidden, ids):
+    def loss(logits, teacher_hidden):
         with torch.no_grad():
-            teacher = head(taught)  # (n, V)
+            teacher = head(teacher_hidden)  # (n, V)
         return divergences(logits, teacher).sum() / len(ids)
 
-    backward_in_chunks(model(head), loss, hidden, taught)
+    backward_in_chunks(model(head), loss, hidden, teacher_hidden)
 
 
-def ofsd_trl(head, hidden, taught, ids):
+def ofsd_trl(head, hidden, teacher_hidden, ids):
     from trl.experimental.sdpo.loss_utils import compute_full_logit_self_distillation_loss
 
     with torch.no_grad():
-        teacher = head(taught)
+        teacher = head(teacher_hidden)
     compute_full_logit_self_distillation_loss(head(hidden), teacher, distillation_alpha=0.0).mean().backward()
 
 
-def ofsd_trl_chunks(head, hidden, taught, ids):
+def ofsd_trl_chunks(head, hidden, teacher_hidden, ids):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     mask = torch.ones(1, len(ids))
-    _chunked_divergence_loss(hidden[None], taught[None], head.weight, head.weight.detach(), mask, beta=0.0)[0].backward()
+    _chunked_divergence_loss(hidden[None], teacher_hidden[None], head.weight, head.weight.detach(), mask, beta=0.0)[0].backward()
 
 
 WAYS = {
@@ -109,12 +109,12 @@ def measure(name: str, positions: int, width: int, repeats: int) -> dict:
         return head, hidden, hidden.detach() + 0.3 * torch.randn(positions, width), torch.randint(vocabulary, (positions,))
 
     WAYS[name](*inputs(1000, 4))  # imports and thread pools are not the loss's
-    head, hidden, taught, ids = inputs(VOCABULARY, positions)
+    head, hidden, teacher_hidden, ids = inputs(VOCABULARY, positions)
     head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
     before, seconds = resident("VmRSS"), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        WAYS[name](head, hidden, taught, ids)
+        WAYS[name](head, hidden, teacher_hidden, ids)
         seconds.append(time.perf_counter() - began)
     norms = [(x.grad.norm() / (repeats + 1)).item() for x in (hidden, head.weight)]
     return {"norms": norms, "peak": resident("VmHWM") - before, "seconds": median(seconds[1:])}

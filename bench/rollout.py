@@ -39,9 +39,8 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, set_seed  # noqa
 
 from eval import load_questions  # noqa: E402
 from grpo import frozen_copy, grpo_step  # noqa: E402
-from ofsd import spans  # noqa: E402
 from retriever import open_index  # noqa: E402
-from rollout import RowCache, chat_ids, decode, encode, load_model, observation_ids, rollout, standard_prompt  # noqa: E402
+from rollout import RowCache, chat_ids, decode, encode, load_model, observation_ids, rollout, spans, standard_prompt  # noqa: E402
 from train import Config  # noqa: E402
 
 

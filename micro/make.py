@@ -38,6 +38,7 @@ from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, set_seed
 
@@ -45,12 +46,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from eval import evaluate, load_questions, rewards_of, supported  # noqa: E402
-from ofsd import PRIVILEGED, privileged_prompt  # noqa: E402
+from ofsd import PRIVILEGED, mine_pairs, privileged_prompt  # noqa: E402
 from retriever import BM25, BadInput, Parser, Passage, at_least, load_corpus, open_index, run_script  # noqa: E402
 from rollout import (  # noqa: E402
-    TAGS, Trajectory, chat_ids, encode, load_model, observation_ids, response_logits, rollout, standard_prompt,
+    TAGS, Trajectory, autocast, chat_ids, encode, load_model, observation_ids, rollout, standard_prompt,
 )  # fmt: skip
-from train import Config, mine, teacher_edge  # noqa: E402
+from train import Config, teacher_edge  # noqa: E402
 
 # ---------------------------------------------------------------- the world
 
@@ -155,7 +156,7 @@ HABITS = dict(whole=0.35, partial=0.12, again=0.12, stranger=0.4, misread=0.04)
 # question goes on; and, at the end of the road, the answer is searched for before it is given.
 EARLY = dict(spouse=0.9, birthplace=0.25, employer=0.65, founder=0.35, seat=0.2, author=0.4, setting=0.85, mayor=0.35)
 VERIFY = dict(spouse=0.3, birthplace=0.8, employer=0.4, founder=0.7, seat=0.75, author=0.3, setting=0.6, mayor=0.7)
-MAX_SEARCHES, K, REFERENCE_TOKENS = 4, 3, 224  # as in train.py's defaults
+MAX_SEARCHES, K, PRIVILEGED_TOKENS = 4, 3, 224  # as in train.py's defaults
 # The warm start, in phases: demonstrations, the share of them under the privileged prompt, the
 # learning rate, and what is left of it at the end. Searching and copying come first; reading a
 # reference takes most of the demonstrations.
@@ -290,18 +291,36 @@ def demonstrations(
                 reference = as_trajectory(tokenizer, steps, asked, prompt)
                 own = rng.random() < 0.8 or previous is None
                 steps = demonstrate(rng, world, question, clumsy=not own)
-                prompt = privileged_prompt(tokenizer, asked, reference if own else previous, REFERENCE_TOKENS)
+                prompt = privileged_prompt(tokenizer, asked, reference if own else previous, PRIVILEGED_TOKENS)
                 previous = reference
             made.append(as_trajectory(tokenizer, steps, asked, prompt))
             bar.update()
     return made
 
 
+def response_logits(model, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+    """The logits that predict each response token, in one forward pass without a cache:
+    (B, T, V), T = the longest response. What stands after a shorter response means nothing.
+
+    Rows are padded on the right only: a causal model never looks there, so no mask is needed.
+    """
+    device, starts = model.device, torch.tensor([len(prompt) for prompt in prompts])
+    rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
+    ids = pad_sequence(rows, batch_first=True).to(device)  # (B, S)
+    first = int(starts.min()) - 1  # the position that predicts the earliest response token
+    with autocast(device):
+        output = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first)
+    size = max(len(response) for response in responses)
+    # Response token t of row b is predicted at position starts[b] + t - 1.
+    columns = (starts[:, None] - 1 - first + torch.arange(size)).clamp(max=output.logits.shape[1] - 1)  # (B, T)
+    return output.logits[torch.arange(len(rows))[:, None], columns.to(device)].float()  # (B, T, V)
+
+
 def warm_start(model, demos: list[Trajectory], rng: random.Random, *, lr: float, last: float,
                batch: int = 12, observation_weight: float = 0.2) -> None:  # fmt: skip
     """Supervised training on demonstrations: cross-entropy on every response token, the
     observation's at a small weight (titles repeat inside passages: it teaches copying). The
-    learning rate falls in a line from lr to last * lr."""
+    learning rate falls linearly from lr to last * lr."""
     # Batches of similar length, in random order: little padding.
     order = sorted(range(len(demos)), key=lambda i: len(demos[i].prompt_ids) + len(demos[i].response_ids))
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
@@ -391,7 +410,7 @@ def check(name: str) -> dict:
     greedy = evaluate(model, tokenizer, index, questions, progress="greedy")
     pool = sample(questions, group_size=run.config.group_size, progress="sampled")
     sampled = rewards_of(questions, pool)
-    pairs, counts = mine(run, questions, pool, sampled)
+    pairs, counts = mine_pairs(model, tokenizer, questions, pool, sampled, PRIVILEGED_TOKENS)
     nothing = SimpleNamespace(search=lambda queries, k: [[] for _ in queries])
     return {
         "greedy": greedy["em"], "sampled": sum(sampled) / len(sampled), **counts,
@@ -456,7 +475,7 @@ def main() -> None:
         all_texts += questions(rng, name, count, parts, {1: 2, 2: 3, 3: 4})
     # For results/evidence.py: the agent seldom goes on after either of the first two links. They come last,
     # and from random states of their own: the others stay as they were.
-    later = [("train", 480, [0]), ("validation", 360, [0]), ("test", 540, [0, 1]), ("test-2", 540, [0, 1])]
+    later = [("train", 480, [0]), ("validation", 360, [0])] + [(test, 540, [0, 1]) for test in ("test", "test-2", "test-3")]
     for name, count, parts in ((f"evidence-{name}", *rest) for name, *rest in later):
         questions(random.Random(f"{args.seed}, {name}"), name, count, parts, {3: 1}, goes_on=0.1)
     if args.data_only:

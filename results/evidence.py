@@ -7,6 +7,7 @@
     python results/evidence.py converge              # a policy that GRPO improves no more
     python results/evidence.py tune-plateau          # trials from there, on validation questions
     python results/evidence.py plateau               # the arms from there, on test questions
+    python results/evidence.py plateau-2             # and again, with a budget in which GRPO follows the stage
     python results/evidence.py ablations             # one stage of OFSD, changed in one thing at a time
     python results/evidence.py loop --worker 1/2     # of two processes, this is the first (OMP_NUM_THREADS=1)
     python results/tables.py                         # tables and figures from the files that these leave
@@ -25,7 +26,7 @@ Cost is the number of tokens processed, forward 1, forward and backward 3:
     fine-tuning (rft)  the pool is sampling; 3 a token of the standard prompt and the reference
 
 Evaluation and statistics (KL to the start, KL by kind of token) cost nothing here, in any arm. Within a
-budget both learning rates fall: GRPO's in a line over the budget, an offline stage's over the stage.
+budget both learning rates fall linearly: GRPO's over the budget, an offline stage's over the stage.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from pathlib import Path
 
 import torch
 
-from arms import ABLATED, ABLATIONS, ARMS, ARMS_2, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, TRIALS_2, WORLD, Arm
+from arms import ABLATED, ABLATIONS, ARMS, ARMS_2, CONVERGE, CONVERGED, PLATEAU, PLATEAU_2, PLATEAU_TRIALS, TRIALS, TRIALS_2, WORLD, Arm
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -52,10 +53,10 @@ from eval import rewards_of, score, supported  # noqa: E402
 from grpo import (  # noqa: E402
     backward_in_chunks, chunks, frozen_copy, grpo_step, micro_batches, output_layer, policy_hidden, policy_tokens, token_logprobs, update,
 )  # fmt: skip
-from ofsd import divergences, ofsd_step, privileged_prompt, query_mask, reference_index, spans  # noqa: E402
+from ofsd import divergences, mine_pairs, ofsd_step, privileged_prompt, query_mask, reference_index  # noqa: E402
 from retriever import run_script  # noqa: E402
-from rollout import autocast, decode  # noqa: E402
-from train import Config, Run, mine, teacher_edge  # noqa: E402
+from rollout import autocast, decode, spans  # noqa: E402
+from train import Config, Run, teacher_edge  # noqa: E402
 
 # ---------------------------------------------------------------- a run whose cost is counted
 
@@ -199,7 +200,7 @@ def distil(run: Counted, kind: str, stage: str, data: list, teacher=None) -> Non
                 stats = rft_step(run.model, optimizer, batch, config)
                 run.cost += 3 * tokens(batch)
             else:
-                stats = ofsd_step(run.model, teacher, optimizer, batch, config)
+                stats = ofsd_step(run.model, teacher, optimizer, [pair[2:] for pair in batch], config)
                 run.cost += sum(3 * tokens([student]) + len(prompt) + len(student.response_ids) for _, _, student, prompt in batch)
             run.log("step", stage, step=step, **stats)
 
@@ -214,24 +215,26 @@ def references(questions: list[dict], pool: list, size: int) -> list:
 def rft_step(model, optimizer, batch: list, config: Config) -> dict:
     """Cross-entropy on the policy's tokens of references, under the standard prompt."""
     num_tokens, total = sum(sum(t.loss_mask) for t in batch), 0.0
-    for group in micro_batches(batch, config.micro_batch, lambda t: len(t.response_ids)):
-        texts = [t.prompt_ids for t in group], [t.response_ids for t in group], [t.loss_mask for t in group]
-        ids = policy_tokens(group, "response_ids", model.device)  # (N,)
+    for part in micro_batches(batch, config.micro_batch, lambda t: len(t.response_ids)):
+        ids = policy_tokens(part, "response_ids", model.device)  # (N,)
         with autocast(model.device):
-            hidden = policy_hidden(model, *texts)  # (N, H)
+            hidden = policy_hidden(model, part)  # (N, H)
             total += backward_in_chunks(model, lambda logits, ids: -token_logprobs(logits, ids).sum() / num_tokens, hidden, ids)
     return {"loss": total, "grad_norm": update(optimizer, config.max_grad_norm)}
 
 
 def mine_more(run: Counted, questions: list[dict], pool: list) -> tuple[list[tuple], dict]:
-    """mine() again and again, each time without the students it has found: arm.students pairs a question."""
-    pairs, counts = mine(run, questions, pool, rewards_of(questions, pool))
+    """mine_pairs again and again, each time without the students it has found: arm.students pairs a question."""
+    def mine(pool: list) -> tuple[list[tuple], dict]:
+        return mine_pairs(run.model, run.tokenizer, questions, pool, rewards_of(questions, pool), run.config.max_privileged_tokens)
+
+    pairs, counts = mine(pool)
     for _ in range(run.arm.students - 1):
         used = {id(student) for _, _, student, _ in pairs}
         reference = {question["id"]: reference for question, reference, *_ in pairs}
         # A student that was used stands in for nothing: the group's reference takes its place.
         left = [reference[questions[i // run.config.group_size]["id"]] if id(t) in used else t for i, t in enumerate(pool)]
-        pairs += mine(run, questions, left, rewards_of(questions, left))[0]
+        pairs += mine(left)[0]
     return pairs, counts | {"pairs": len(pairs)}
 
 
@@ -258,12 +261,10 @@ def token_kinds(tokenizer, trajectory) -> list[str]:
 def kl_by_kind(model, teacher, pairs: list[tuple], tokenizer) -> dict[str, float]:
     """Mean forward KL from teacher to student on the students' tokens, by kind of token, in nats."""
     sums, counts = defaultdict(float), defaultdict(int)
-    for group in micro_batches(pairs, 20, lambda pair: len(pair[2].response_ids)):
-        students = [student for _, _, student, _ in group]
-        texts = [t.response_ids for t in students], [t.loss_mask for t in students]
-        hidden = policy_hidden(model, [t.prompt_ids for t in students], *texts)  # (N, H)
-        taught = policy_hidden(teacher, [prompt for *_, prompt in group], *texts)  # (N, H)
-        values = [divergences(output_layer(model)(h), output_layer(teacher)(t)) for h, t in chunks(model, hidden, taught)]
+    for part in micro_batches(pairs, 20, lambda pair: len(pair[2].response_ids)):
+        students, prompts = [student for _, _, student, _ in part], [prompt for *_, prompt in part]
+        hidden, teacher_hidden = policy_hidden(model, students), policy_hidden(teacher, students, prompts)  # (N, H)
+        values = [divergences(output_layer(model)(h), output_layer(teacher)(t)) for h, t in chunks(model, hidden, teacher_hidden)]
         kinds = [kind for t in students for kind in token_kinds(tokenizer, t)]
         for kind, value in zip(kinds, torch.cat(values).tolist(), strict=True):
             sums[kind] += value
@@ -320,7 +321,7 @@ def altered(run: Counted, questions: list[dict], pool: list, change: dict) -> li
 def conditioned(run: Counted, pair: tuple, change: dict, pairs: list[tuple]) -> tuple:
     """A pair whose prompt shows another question's reference, or less of its own; or whose mask is narrower."""
     question, reference, student, prompt = pair
-    room = run.config.max_reference_tokens
+    room = run.config.max_privileged_tokens
     if change.get("reference") == "shuffled":
         others = [other for other in pairs if other[0]["id"] != question["id"]]
         prompt = privileged_prompt(run.tokenizer, question["question"], run.rng.choice(others)[1], room)
@@ -359,6 +360,7 @@ PARTS = {
     "converge": [(converge, "converge", 101)],
     "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 102),
     "plateau": final("plateau", PLATEAU, range(20, 25)),
+    "plateau-2": final("plateau-2", PLATEAU_2, range(40, 45), "test-3"),
     "ablations": [(ablations, f"ablations/{seed}", seed, "validation") for seed in range(200, 203)],
 }
 

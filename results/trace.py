@@ -86,7 +86,7 @@ def page(folder: Path, most: int = 30) -> str:
         columns = "".join(f"<div>{verdict(row[i], row[i]['em'])}{spans(row[i]['text'])}</div>" for row in (before, after))
         parts.append(f'<div class="two">{columns}</div>')
     for stage in dict.fromkeys(row["stage"] for row in rows if row["kind"] == "pair"):
-        pairs = [row for row in rows if row["kind"] == "pair" and row["stage"] == stage and row["kl"]]
+        pairs = [row for row in rows if row["kind"] == "pair" and row["stage"] == stage and row["divergence"]]
         parts.append(f"<h2>{shown(stage)}: pairs, and what the teacher, who reads the left one, would say otherwise on the right</h2>")
         for row in pairs:
             good, bad = (group_advantages(torch.tensor([row["rewards"]]))[0][row["rewards"].index(reward)].item() if reward in row["rewards"] else 0.0 for reward in (1.0, 0.0))
@@ -94,7 +94,7 @@ def page(folder: Path, most: int = 30) -> str:
             parts.append(f"<h3>{shown(row['reference']['question'])}</h3>")
             parts.append(f"<p>rewards of the group {' '.join(f'{r:.0f}' for r in row['rewards'])}; advantage of a right one {good:+.2f}, of a wrong one {bad:+.2f}</p>")
             left = f"<div><b>reference</b>{verdict(row['reference'], 1.0)}{spans(row['reference']['text'])}</div>"
-            parts.append(f'<div class="two">{left}<div><b>student</b>{verdict(row["student"], 0.0 if wrong else 1.0)}{heat(row["kl"])}</div></div>')
+            parts.append(f'<div class="two">{left}<div><b>student</b>{verdict(row["student"], 0.0 if wrong else 1.0)}{heat(row["divergence"])}</div></div>')
     body = "\n".join(parts)
     return f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{shown(folder.name)}</title><style>{STYLE}</style>\n{body}\n</html>\n'
 

@@ -35,7 +35,7 @@ def main(target: str, lora_rank: int) -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
     config = Config(micro_batch=4, kl_coef=0.1, updates=2)
     stats = grpo_step(model, start, optimizer, rows, rewards, config)
-    pairs = [({}, rows[i], rows[i + 1], rows[i].prompt_ids + rows[i].response_ids) for i in (0, 3, 6)]
+    pairs = [(rows[i + 1], rows[i].prompt_ids + rows[i].response_ids) for i in (0, 3, 6)]
     few = ofsd_step(model, start, optimizer, pairs, replace(config, micro_batch=100))  # one micro-batch: none for rank 1
     if adapters:
         adapters.merge()

@@ -4,14 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+import evidence
 import pytest
+import tables
+
+from rollout import Trajectory, encode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "results"))
-
-import evidence  # noqa: E402
-import tables  # noqa: E402
-from rollout import Trajectory, encode  # noqa: E402
 
 
 @pytest.fixture
@@ -58,12 +57,13 @@ def test_cost_is_the_tokens_that_the_models_saw(here, quick, monkeypatch, kind):
             seen["sampled"] += sum(len(t.response_ids) for t in result) + sum(len(t.prompt_ids) for t in result[::size])
         return result
 
-    def policy_hidden(model, prompts, responses, masks):
+    def policy_hidden(model, trajectories, prompts=None):
         import torch
 
         if not paused and model is not start[0]:
-            seen["forward"] += (3 if torch.is_grad_enabled() else 1) * sum(map(len, prompts + responses))
-        return hidden(model, prompts, responses, masks)
+            read = [*(prompts or [t.prompt_ids for t in trajectories]), *(t.response_ids for t in trajectories)]
+            seen["forward"] += (3 if torch.is_grad_enabled() else 1) * sum(map(len, read))
+        return hidden(model, trajectories, prompts)
 
     def kl_by_kind(*args):
         paused.append(1)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from eval import load_questions  # noqa: E402
 from ofsd import privileged_prompt  # noqa: E402
-from retriever import BM25, BadInput, Passage, load_corpus, printable, whole, words  # noqa: E402
+from retriever import BM25, BadInput, Passage, load_corpus, printable, encodable, words  # noqa: E402
 from rollout import TAGS, Trajectory, chat_ids, decode, encode, neutralise, observation_ids, parse_turn, standard_prompt  # noqa: E402
 
 LOOSE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
@@ -81,7 +81,7 @@ def test_loaders_load_or_refuse_with_file_and_line(tmp_path, rows, rubbish):
 @LOOSE
 @given(SURROGATES)
 def test_text_can_be_written_and_printed(text):
-    whole(text).encode()
+    encodable(text).encode()
     assert printable(text).isprintable() or {"\n", "\t"} & {*text} or not text.isascii()
     assert not any(c in printable(text) for c in "\x1b\x07\x00\u202e")
 

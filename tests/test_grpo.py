@@ -9,7 +9,8 @@ import grpo
 from grpo import (
     backward_in_chunks, group_advantages, grpo_loss, output_layer, policy_hidden, policy_logprobs, token_entropies, token_logprobs,
 )  # fmt: skip
-from rollout import response_logits
+from make import response_logits
+from rollout import Trajectory
 
 
 def tensor(*rows):
@@ -203,6 +204,7 @@ def test_neither_padding_nor_order_changes_loss_or_gradient(norm):
 
 PROMPTS, RESPONSES = [[5, 6, 7, 8], [9]], [[10, 11, 12], [13, 14, 15, 16, 17]]
 MASKS = [[1, 0, 1], [0, 1, 1, 0, 1]]
+ROWS = [Trajectory("", *ids) for ids in zip(PROMPTS, RESPONSES, MASKS)]
 MASK = torch.tensor([[1, 0, 1, 0, 0], MASKS[1]]).bool()
 IDS = torch.tensor([[10, 11, 12, 0, 0], RESPONSES[1]])
 
@@ -216,7 +218,7 @@ def test_chunks_give_the_value_and_the_gradient_of_the_plain_formula(random_mode
     expected = [p.grad.clone() for p in random_model.parameters()]
     random_model.zero_grad()
     monkeypatch.setattr(grpo, "CHUNK", positions * random_model.config.vocab_size)
-    hidden = policy_hidden(random_model, PROMPTS, RESPONSES, MASKS)
+    hidden = policy_hidden(random_model, ROWS)
     assert torch.allclose(policy_logprobs(random_model, hidden, IDS[MASK]), plain, atol=1e-5)
     loss = lambda logits, ids, weights: (token_logprobs(logits, ids) * weights).sum()  # noqa: E731
     value = backward_in_chunks(random_model, loss, hidden, IDS[MASK], weights)
@@ -229,7 +231,7 @@ def test_only_the_policys_tokens_reach_the_output_layer_and_only_a_chunk_at_a_ti
     monkeypatch.setattr(grpo, "CHUNK", 3 * random_model.config.vocab_size - 1)
     seen = []
     random_model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
-    hidden = policy_hidden(random_model, PROMPTS, RESPONSES, MASKS)
+    hidden = policy_hidden(random_model, ROWS)
     backward_in_chunks(random_model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, IDS[MASK])
     assert seen == [2, 2, 1]  # 5 of 8 response tokens, 2 at a time
 
@@ -241,7 +243,7 @@ def test_chunks_are_exact_in_float64(random_model, monkeypatch):
     for positions in (1, 2, 5):
         monkeypatch.setattr(grpo, "CHUNK", positions * model.config.vocab_size)
         model.zero_grad()
-        hidden = policy_hidden(model, PROMPTS, RESPONSES, MASKS)
+        hidden = policy_hidden(model, ROWS)
         backward_in_chunks(model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, IDS[MASK])
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for other in gradients[1:]:
@@ -249,7 +251,7 @@ def test_chunks_are_exact_in_float64(random_model, monkeypatch):
 
 
 def test_nothing_sampled_is_a_graph_of_zeros(random_model):
-    hidden = policy_hidden(random_model, [[5]], [[6, 7]], [[0, 0]])
+    hidden = policy_hidden(random_model, [Trajectory("", [5], [6, 7], [0, 0])])
     ids = torch.tensor([], dtype=torch.long)
     assert policy_logprobs(random_model, hidden, ids).shape == (0,)
     assert backward_in_chunks(random_model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, ids) == 0.0
@@ -260,7 +262,7 @@ def test_nothing_sampled_is_a_graph_of_zeros(random_model):
 def test_the_output_layer_of_each_family_gives_its_logits(kind, small_model):
     more = {} if kind in ("gpt2", "gpt_neox") else {"num_key_value_heads": 2}
     model = small_model(kind, **more, **({"logits_scaling": 3.0} if kind == "granite" else {}))
-    found = output_layer(model)(policy_hidden(model, PROMPTS, RESPONSES, MASKS))
+    found = output_layer(model)(policy_hidden(model, ROWS))
     expected = response_logits(model, PROMPTS, RESPONSES)[MASK]
     assert torch.allclose(found, expected, atol=1e-5)
 

@@ -8,9 +8,9 @@ from conftest import ROOT
 
 from eval import evaluate, load_questions
 from grpo import grpo_step
-from ofsd import privileged_prompt, spans
-from retriever import BM25, Passage, RemoteRetriever, SearchFailed, load_corpus, printable, whole
-from rollout import TAGS, decode, rollout, standard_prompt
+from ofsd import privileged_prompt
+from retriever import BM25, Passage, RemoteRetriever, SearchFailed, load_corpus, printable, encodable
+from rollout import TAGS, decode, rollout, spans, standard_prompt
 from train import Config
 
 HOSTILE = {
@@ -80,7 +80,7 @@ def test_terminals_get_escapes(command, tmp_path):
 
 
 def test_surrogates_become_replacement_characters():
-    assert whole("a\ud800b") == "a\ufffdb" and whole("\ud83d\ude00 é") == "\U0001f600 é"
+    assert encodable("a\ud800b") == "a\ufffdb" and encodable("\ud83d\ude00 é") == "\U0001f600 é"
 
 
 def dead(**how):

@@ -68,3 +68,8 @@ def test_a_terminal_gets_colours():
     process = subprocess.Popen([sys.executable, "retriever.py", "--corpus", "micro/corpus.jsonl", "Hunik"], cwd=ROOT, stdout=child, env=environment)
     process.wait(timeout=60)
     assert b"\033[1mHunik\033[0m" in os.read(parent, 10_000)
+
+
+@pytest.mark.parametrize("file", ["rollout.py", "grpo.py", "ofsd.py"])
+def test_a_lesson_refuses_a_flag_that_it_does_not_know(file, refused):
+    assert "--frobnicate" in refused(file, "--frobnicate")

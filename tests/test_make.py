@@ -1,24 +1,22 @@
 """micro/: what its data and its model promise. The files are those that are committed."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-MICRO = Path(__file__).resolve().parent.parent / "micro"
-sys.path.insert(0, str(MICRO))
+import make
+from eval import load_questions
+from retriever import load_corpus
+from rollout import load_model
 
-import make  # noqa: E402
-from eval import load_questions  # noqa: E402
-from retriever import load_corpus  # noqa: E402
-from rollout import load_model  # noqa: E402
+MICRO = Path(make.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def sets():
-    names = "train", "validation", "test", "evidence-train", "evidence-validation", "evidence-test", "evidence-test-2"
+    names = "train", "validation", "test", "evidence-train", "evidence-validation", "evidence-test", "evidence-test-2", "evidence-test-3"
     return {name: load_questions(str(MICRO / f"{name}.jsonl")) for name in names}
 
 
@@ -31,7 +29,7 @@ def test_sizes_and_hops(sets):
 
 def test_the_agent_seldom_answers_the_questions_of_the_evidence(sets):
     """Two links have to be followed, and after each it goes on with the probability 1 - EARLY."""
-    for name in ("evidence-train", "evidence-validation", "evidence-test", "evidence-test-2"):
+    for name in ("evidence-train", "evidence-validation", "evidence-test", "evidence-test-2", "evidence-test-3"):
         for first, second, _ in (row["chain"] for row in sets[name]):
             assert (1 - make.EARLY[first]) * (1 - make.EARLY[second]) <= 0.1
 
@@ -44,7 +42,7 @@ def test_no_question_occurs_twice_in_text_or_in_substance(sets):
 
 def test_half_of_the_test_questions_are_about_entities_no_other_question_mentions(sets):
     known = {name for part, questions in sets.items() if "test" not in part for row in questions for name in row["path"]}
-    for part in ("test", "evidence-test", "evidence-test-2"):
+    for part in ("test", "evidence-test", "evidence-test-2", "evidence-test-3"):
         held = [row for row in sets[part] if row["held_out"]]
         assert len(held) * 2 == len(sets[part])
         assert not known & {name for row in held for name in row["path"]}
@@ -71,7 +69,7 @@ def test_names_are_shared_so_that_half_a_name_finds_strangers(micro_index, sets)
 def test_the_committed_data_is_what_the_script_makes(tmp_path, command):
     assert command("micro/make.py", "--data-only", "--out", tmp_path).returncode == 0
     names = sorted(path.name for path in MICRO.glob("*.jsonl"))
-    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names and len(names) == 8
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names and len(names) == 9
     for name in names:
         assert (tmp_path / name).read_text() == (MICRO / name).read_text()
 

@@ -9,13 +9,12 @@ import torch
 
 import grpo
 from grpo import backward_in_chunks, output_layer, policy_hidden
+from make import response_logits
 from ofsd import (
-    Adapters, difference, distill_loss, divergence_terms, divergences, mine_pair, privileged_prompt, query_mask, spans,
+    Adapters, difference, distill_loss, divergence_terms, divergences, mine_pair, privileged_prompt, query_mask,
 )  # fmt: skip
 from retriever import BadInput, Passage
-from rollout import (
-    TAGS, Trajectory, chat_ids, decode, encode, observation_ids, response_logits, rollout, standard_prompt,
-)  # fmt: skip
+from rollout import TAGS, Trajectory, chat_ids, decode, encode, observation_ids, rollout, spans, standard_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -292,6 +291,7 @@ def test_a_word_that_is_impossible_for_one_of_the_two():
 def test_divergences_in_chunks_are_those_of_the_plain_formula(random_model, monkeypatch):
     model, mask = random_model, torch.tensor([[1, 1, 0], [0, 1, 1]])
     prompts, privileged, responses = [[3], [4, 5]], [[3, 8, 9], [4, 5, 6]], [[10, 11, 12], [13, 14, 15]]
+    students = [Trajectory("", *ids) for ids in zip(prompts, responses, mask.tolist())]
     how = dict(kind="jsd", clip="position", tau=0.01)
     with torch.no_grad():
         teacher = response_logits(model, privileged, responses)  # (2, 3, V)
@@ -302,10 +302,10 @@ def test_divergences_in_chunks_are_those_of_the_plain_formula(random_model, monk
     monkeypatch.setattr(grpo, "CHUNK", 3 * model.config.vocab_size)
     head = output_layer(model)
     with torch.no_grad():
-        taught = policy_hidden(model, privileged, responses, mask.tolist())
-    hidden = policy_hidden(model, prompts, responses, mask.tolist())
-    loss = lambda logits, taught: divergences(logits, head(taught).detach(), **how).sum() / 4  # noqa: E731
-    assert backward_in_chunks(model, loss, hidden, taught) == pytest.approx(plain.item(), rel=1e-5)
+        teacher_hidden = policy_hidden(model, students, privileged)
+    hidden = policy_hidden(model, students)
+    loss = lambda logits, read: divergences(logits, head(read).detach(), **how).sum() / 4  # noqa: E731
+    assert backward_in_chunks(model, loss, hidden, teacher_hidden) == pytest.approx(plain.item(), rel=1e-5)
     for p, gradient in zip(model.parameters(), expected):
         assert (p.grad - gradient).norm() < 1e-5 * gradient.norm()
 

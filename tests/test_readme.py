@@ -2,10 +2,10 @@
 
 import re
 import shlex
-import sys
 from dataclasses import fields
 
 import pytest
+import tables
 from conftest import ROOT
 
 from train import Config
@@ -80,9 +80,6 @@ def test_the_output_shown_is_that_of_seed_0():
 
 def test_the_evidence_is_that_of_the_tables():
     """The README's row of each arm, cell by cell."""
-    sys.path.insert(0, str(ROOT / "results"))
-    import tables
-
     text = tables.comparison("loop-2")
     for arm in ("grpo", "rft", "search-e1"):
         cells = next(line for line in text.splitlines() if line.startswith(f"| {arm} ")).split("|")

@@ -19,9 +19,8 @@ from test_train import SMALL, read, untimed
 
 import grpo
 import train as train_module
-from grpo import checksum_of, load_checkpoint, save_checkpoint
-from retriever import BadInput, SearchFailed
-from train import Config, Run, Stopped, loop, train
+from retriever import BadInput, SearchFailed, checksum
+from train import Config, Run, Stopped, load_checkpoint, loop, save_checkpoint, train
 
 LORA = replace(SMALL, lora_rank=2, grpo_lora_rank=2, grpo_lr=1e-3)
 FLAGS = [part for name in ("rounds", "grpo_steps", "questions_per_step", "group_size", "ofsd_questions", "ofsd_epochs", "ofsd_batch", "eval_limit", "grpo_lr")
@@ -122,7 +121,7 @@ def test_a_malicious_checkpoint_runs_no_code(tmp_path, capsys):
 
     for write in (lambda path: path.write_bytes(pickle.dumps(Evil())), lambda path: torch.save({"stage": Evil()}, path)):
         write(tmp_path / "new")
-        (tmp_path / "new").rename(tmp_path / f"000009-{checksum_of(tmp_path / 'new')}.pt")
+        (tmp_path / "new").rename(tmp_path / f"000009-{checksum(tmp_path / 'new'):08x}.pt")
         assert load_checkpoint(tmp_path) is None
         assert "is left out" in capsys.readouterr().err
     assert not (tmp_path / "pwned").exists()
@@ -193,7 +192,7 @@ def test_updates_without_a_finite_gradient_are_skipped_counted_and_end_the_run(t
     with pytest.raises(BadInput, match="grpo-1, step 6: the 3 last updates had no finite gradient"):
         train(replace(SMALL, grpo_steps=9, save_every=1, out=str(out)))
     rows = [row for row in read(out, "metrics.jsonl") if row["kind"] == "step"]
-    assert [row["skipped"] for row in rows] == [step in bad for step in range(1, 7)]
+    assert [row["no_update"] for row in rows] == [step in bad for step in range(1, 7)]
     assert rows[1]["grad_norm"] is None and rows[2]["grad_norm"] > 0
     saved = load_checkpoint(out / "checkpoints")
     assert saved["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
+from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import rollout as rollout_module
 from grpo import token_logprobs
+from make import response_logits
 from retriever import BadInput, Passage
 from rollout import (
     TAGS, RowCache, chat_ids, decode, encode, fit_lengths, load_model, neutralise, observation_ids, parse_turn,
-    response_logits, rollout, standard_prompt,
+    rollout, standard_prompt,
 )  # fmt: skip
 
 
@@ -386,6 +388,15 @@ def test_cached_sampling_equals_one_full_forward_pass_on_a_gpu_in_bf16(micro, mi
     lengths = {len(row.prompt_ids) + t for row in rows for t, m in enumerate(row.loss_mask) if m}
     assert len({length for length in lengths if length % 32 == 1}) > 3
     assert largest_gap(model, rows) < 0.25  # bf16 keeps 8 bits: a logit of 16 is off by up to .06
+
+
+def test_under_autocast_keys_and_values_are_kept_in_bfloat16(micro, micro_index, monkeypatch):
+    caches = []
+    monkeypatch.setattr(rollout_module, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(rollout_module, "RowCache", lambda model: caches.append(RowCache(model)) or caches[-1])
+    rows = rollout(*micro, micro_index, ["Who is Hunik Labs's founder?"], group_size=2, seed=0)
+    assert {x.dtype for layer in caches[0].layers for x in (layer.keys, layer.values)} == {torch.bfloat16}
+    assert largest_gap(micro[0], rows) < 0.25  # as on a GPU
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

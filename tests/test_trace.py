@@ -2,18 +2,14 @@
 
 import json
 import re
-import sys
 from html.parser import HTMLParser
 
+import plot
 import pytest
-from conftest import ROOT
+import trace
 from test_train import SMALL, read
 
 from train import replace, train
-
-sys.path.insert(0, str(ROOT / "results"))
-import plot  # noqa: E402
-import trace  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +43,11 @@ def test_a_page_shows_the_run_and_needs_nothing_from_elsewhere(run, command):
     assert "http" not in text and "url(" not in text
     pairs = [row for row in read(run, "trajectories.jsonl") if row["kind"] == "pair"]
     heated = [attributes for tag, attributes in check.seen if "nats" in attributes.get("title", "")]
-    assert pairs and len(heated) == sum(kl is not None for row in pairs for _, kl in row["kl"])
+    assert pairs and len(heated) == sum(kl is not None for row in pairs for _, kl in row["divergence"])
     assert text.count("<b>student</b>") == len(pairs)
     for row in pairs:
         assert len(row["rewards"]) == SMALL.group_size and row["rewards"].count(1.0) >= 1
-        assert "".join(text for text, _ in row["kl"]) == "".join(text for _, text in row["student"]["text"])
+        assert "".join(text for text, _ in row["divergence"]) == "".join(text for _, text in row["student"]["text"])
 
 
 def test_everything_is_escaped(run, tmp_path):
@@ -63,8 +59,8 @@ def test_everything_is_escaped(run, tmp_path):
                 part.update({key: evil for key in ("question", "answer", "finish_reason") if key in part})
                 if "text" in part:
                     part["text"] = [[0, f"- {evil}"], [1, evil]]
-            if "kl" in row and isinstance(row["kl"], list):
-                row["kl"] = [[evil, 1.0]]
+            if "divergence" in row and isinstance(row["divergence"], list):
+                row["divergence"] = [[evil, 1.0]]
             if "golden_answers" in row:
                 row["golden_answers"] = [evil]
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))

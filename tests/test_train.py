@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 import ofsd as ofsd_module
 import train as train_module
 from grpo import frozen_copy, group_advantages, grpo_step, knows_output_layer, policy_hidden
-from ofsd import mine_pair, ofsd_step, privileged_prompt, spans
+from make import response_logits
+from ofsd import mine_pair, ofsd_step, privileged_prompt
 from retriever import BadInput
-from rollout import load_model, response_logits, rollout
+from rollout import Trajectory, load_model, rollout, spans
 from train import Config, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
@@ -146,7 +147,7 @@ def test_gradient_checkpointing_needs_less_memory():
         if on:
             model.activation_checkpointing_enable()
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            policy_hidden(model, [[5] * 20] * 4, [[6] * 200] * 4, [[1] * 200] * 4)
+            policy_hidden(model, [Trajectory("", [5] * 20, [6] * 200, [1] * 200)] * 4)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 4
 
@@ -206,25 +207,25 @@ def test_several_updates_bring_the_clip_to_work(micro, batch):
 def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(micro, batch, monkeypatch):
     rows, _ = batch
     teacher, model = frozen_copy(micro[0]), frozen_copy(micro[0]).requires_grad_(True)
-    pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
+    pairs = [(rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
     read_by = []
     plain = ofsd_module.policy_hidden
-    monkeypatch.setattr(ofsd_module, "policy_hidden", lambda m, p, r, k: read_by.append((m, p, r)) or plain(m, p, r, k))
+    monkeypatch.setattr(ofsd_module, "policy_hidden", lambda m, rows, prompts=None: read_by.append((m, prompts, rows)) or plain(m, rows, prompts))
     before = [p.clone() for p in teacher.parameters()]
     stats = ofsd_step(model, teacher, torch.optim.SGD(model.parameters(), lr=0.1), pairs, SMALL)
     (one, privileged, taught), (two, standard, learnt) = read_by
-    assert one is teacher and two is model and taught == learnt and privileged != standard
+    assert one is teacher and two is model and taught == learnt and privileged and standard is None
     assert stats["loss"] > 0
     assert all(torch.equal(b, p) and p.grad is None for b, p in zip(before, teacher.parameters()))
     # Under one and the same prompt the student is its own teacher: nothing to learn.
-    same = [({}, rows[0], rows[1], rows[1].prompt_ids)]
+    same = [(rows[1], rows[1].prompt_ids)]
     assert ofsd_step(teacher.requires_grad_(True), frozen_copy(teacher), Spy(teacher), same, SMALL)["loss"] < 1e-6
 
 
 def test_the_gradient_is_that_of_finite_differences(micro, batch):
     """From rollouts to the loss, end to end: along its gradient g the loss falls by |g|^2 a unit."""
     rows = [replace(row, logprobs=[value - 0.05 * mask for value, mask in zip(row.logprobs, row.loss_mask)]) for row in batch[0]]
-    pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
+    pairs = [(rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
     teacher = frozen_copy(micro[0])
 
     def grpo(model, config=replace(SMALL, max_grad_norm=1e9, kl_coef=0.1)):
@@ -253,11 +254,11 @@ def test_the_gradient_is_that_of_finite_differences(micro, batch):
 def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(tmp_path, monkeypatch):
     seen, probe = {}, ([[5, 6]], [[7, 8]])
     logits = lambda model: response_logits(model, *probe).detach()  # noqa: E731
-    plain_mine, plain_step = train_module.mine, train_module.ofsd_step
+    plain_edge, plain_step = train_module.teacher_edge, train_module.ofsd_step
 
-    def mine(run, *args):
+    def edge(run, pairs):
         seen["start"], seen["after grpo"], seen["run"] = logits(run.start), logits(run.model), run
-        return plain_mine(run, *args)
+        return plain_edge(run, pairs)
 
     def step(model, teacher, optimizer, pairs, config, adapters):
         assert teacher is model
@@ -267,7 +268,7 @@ def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(
         seen["adapted"] = logits(model)
         return stats
 
-    monkeypatch.setattr(train_module, "mine", mine)
+    monkeypatch.setattr(train_module, "teacher_edge", edge)
     monkeypatch.setattr(train_module, "ofsd_step", step)
     folder = train(replace(SMALL, out=str(tmp_path / "run"), lora_rank=4, ofsd_lr=1e-2))
     assert torch.equal(seen["teacher"], seen["after grpo"])  # at the last step, too
@@ -300,15 +301,15 @@ def test_a_model_whose_output_layer_does_more_is_refused(micro, monkeypatch, tmp
     model.config.logits_scaling = 2.0  # a Qwen2 does not heed it
     assert not knows_output_layer(model)
     monkeypatch.setattr(train_module, "load_model", lambda name: (model, micro[1]))
-    with pytest.raises(BadInput, match="its output layer does more"):
+    with pytest.raises(BadInput, match="its logits are more than a product"):
         train(replace(SMALL, out=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 
 def test_ofsd_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch):
     rows, teacher = batch[0], frozen_copy(micro[0])
-    pairs = [({}, rows[0], rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2, 4, 7)]
-    assert len({sum(student.loss_mask) for _, _, student, _ in pairs}) > 1
+    pairs = [(rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2, 4, 7)]
+    assert len({sum(student.loss_mask) for student, _ in pairs}) > 1
     results = []
     for size in (1, 3, 100):
         model = frozen_copy(micro[0]).requires_grad_(True)
@@ -411,7 +412,7 @@ def test_the_loop_runs_with_smollm2_on_real_questions(tmp_path):
     reference, student = mine_pair(group, [1, 0])
     prompt = privileged_prompt(tokenizer, "Who wrote Hamlet?", reference, 2048)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    teacher, pairs = frozen_copy(model), [({}, reference, student, prompt)]
+    teacher, pairs = frozen_copy(model), [(student, prompt)]
     losses = [ofsd_step(model, teacher, optimizer, pairs, SMALL)["loss"] for _ in range(3)]
     assert losses[0] > losses[-1] > 0
 
