@@ -177,15 +177,17 @@ def main() -> None:
     sections += [("Second round of trials, means of two development seeds, validation questions", "tune-2", trials)]
     sections += [("From the base, second round", "loop-2", comparison), ("Trials from the converged policy", "tune-plateau", trials)]
     sections += [("From a policy that GRPO improves no more", "plateau", comparison)]
+    sections += [("From there, with a budget in which GRPO follows the stage", "plateau-2", comparison)]
     sections += [("Stages of OFSD in search-e1, from the base", "loop", lambda part: stages(part, "search-e1"))]
     sections += [("Stages of OFSD in search-e1, second round", "loop-2", lambda part: stages(part, "search-e1"))]
     sections += [("Stages of OFSD from the converged policy", "plateau", lambda part: stages(part, "search-e1"))]
+    sections += [("Stages of OFSD from the converged policy, second round", "plateau-2", lambda part: stages(part, "search-e1"))]
     sections += [("One stage, one thing changed, validation questions", "ablations", lambda part: ablations())]
     text = "# Tables\n\nWritten by `python results/tables.py` from `results/evidence/`; what they mean: README.md.\n"
     text += "".join(f"\n## {title}\n\n{make(part)}\n" for title, part, make in sections if read(part))
     (HERE / "evidence.md").write_text(text, encoding="utf-8")
     print(text)
-    for part, title in (("loop", "From the base model"), ("loop-2", "From the base model, second round"), ("plateau", "From a policy that GRPO improves no more")):
+    for part, title in (("loop", "From the base model"), ("loop-2", "From the base model, second round"), ("plateau-2", "From a policy that GRPO improves no more")):
         if read(part) and all(len(seeds) > 1 for seeds in read(part).values()):
             figure(part, title)
 
