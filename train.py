@@ -57,8 +57,9 @@ from retriever import BadInput, Parser, RemoteRetriever, SearchFailed, checksum,
 from rollout import Trajectory, decode, load_model, rollout, save_model, spans
 
 
-def setting(default, help: str):
-    return field(default=default, metadata={"help": help})
+def setting(default, help: str, **limits):
+    """limits: zero=True where a number may be 0, choices where only these words are meant."""
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
@@ -68,36 +69,36 @@ class Config:
     eval_questions: str = setting("micro/test.jsonl", "questions of the final table")
     corpus: str = setting("micro/corpus.jsonl", "passages to search: JSON lines; CORPUS.bm25 is their saved index, if it is newer")
     retriever_url: str = setting("", "a server that speaks Search-R1's protocol, in place of a corpus")
-    on_search_failure: str = setting("stop", "where the server fails, asked again: stop, or nothing (the searches find nothing)")
+    on_search_failure: str = setting("stop", "where the server fails, asked again: stop, or nothing (the searches find nothing)", choices=("stop", "nothing"))
     out: str = setting("", "folder of this run; must not exist (default: runs/ and the date)")
-    seed: int = setting(0, "seed of Python, numpy, torch and sampling")
-    rounds: int = setting(2, "rounds of GRPO and then OFSD")
+    seed: int = setting(0, "seed of Python, numpy, torch and sampling", zero=True)
+    rounds: int = setting(2, "rounds of GRPO and then OFSD", zero=True)
     # the search environment
-    max_searches: int = setting(4, "searches a question")
+    max_searches: int = setting(4, "searches a question", zero=True)
     k: int = setting(3, "passages a search")
     max_tokens: int = setting(2048, "tokens of a response, observations included")
     max_turn_tokens: int = setting(256, "tokens of a turn")
     max_observation_tokens: int = setting(512, "tokens of an observation")
     prompt: str = setting("", "wording of the prompt, with {question} in it (default: the tokenizer's, or PROMPT)")
     # GRPO
-    grpo_steps: int = setting(20, "steps a round")
+    grpo_steps: int = setting(20, "steps a round", zero=True)
     questions_per_step: int = setting(16, "groups a step")
     group_size: int = setting(5, "G, trajectories a question; also K, OFSD's")
     grpo_lr: float = setting(1.5e-4, "learning rate of AdamW at the start; it falls linearly, to 0 at the last round's end")
     updates: int = setting(1, "updates on each batch of rollouts")
     clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
-    kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty to the start policy")
+    kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty to the start policy", zero=True)
     # OFSD
-    ofsd_questions: int = setting(360, "training questions re-sampled before distillation (0: all)")
-    ofsd_epochs: int = setting(2, "passes over the mined pairs")
+    ofsd_questions: int = setting(360, "training questions re-sampled before distillation (0: all)", zero=True)
+    ofsd_epochs: int = setting(2, "passes over the mined pairs", zero=True)
     ofsd_batch: int = setting(16, "pairs an update")
     ofsd_lr: float = setting(2e-4, "learning rate of AdamW")
-    divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd")
-    clip: str = setting("none", "none, entry (the paper's) or position")
+    divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd", choices=("forward_kl", "reverse_kl", "jsd"))
+    clip: str = setting("none", "none, entry (the paper's) or position", choices=("none", "entry", "position"))
     tau: float = setting(0.05, "cap of the clip, in nats")
     max_privileged_tokens: int = setting(224, "tokens of the privileged prompt; passages of the reference are cut to fit")
-    lora_rank: int = setting(0, "distil into adapters of this rank, then merge them, as the paper does (0: all weights)")
-    grpo_lora_rank: int = setting(0, "the same in a GRPO stage, for a card too small for all weights")
+    lora_rank: int = setting(0, "distil into adapters of this rank, then merge them, as the paper does (0: all weights)", zero=True)
+    grpo_lora_rank: int = setting(0, "the same in a GRPO stage, for a card too small for all weights", zero=True)
     force_ofsd: bool = setting(False, "distil even where the teacher has no supported edge")
     # hardware and evaluation
     micro_batch: int = setting(20, "sequences a forward pass in training")
@@ -105,21 +106,17 @@ class Config:
     rollout_batch: int = setting(256, "trajectories in flight while sampling")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
     save_every: int = setting(10, "steps between two checkpoints in a stage")
-    eval_limit: int = setting(0, "evaluate on the first so many questions only (0: all)")
+    eval_limit: int = setting(0, "evaluate on the first so many questions only (0: all)", zero=True)
 
     def __post_init__(self):
-        choices = {"divergence": ("forward_kl", "reverse_kl", "jsd"), "clip": ("none", "entry", "position"), "on_search_failure": ("stop", "nothing")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise BadInput(f"{name} is one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         if self.prompt and "{question}" not in self.prompt:
             raise BadInput("prompt must hold {question}, where the question goes")
-        zero_allowed = {"seed", "rounds", "max_searches", "grpo_steps", "kl_coef", "ofsd_questions", "ofsd_epochs", "eval_limit"}
-        zero_allowed |= {"lora_rank", "grpo_lora_rank"}
         for item in fields(self):
-            value = getattr(self, item.name)
-            if item.type in (int, float) and not (value > 0 or (value == 0 and item.name in zero_allowed)):
-                raise BadInput(f"{item.name} must be {'at least 0' if item.name in zero_allowed else 'above 0'}, not {value}")
+            value, choices, zero = getattr(self, item.name), item.metadata.get("choices"), "zero" in item.metadata
+            if choices and value not in choices:
+                raise BadInput(f"{item.name} is one of {', '.join(choices)}, not {value!r}")
+            if item.type in (int, float) and not (value > 0 or (value == 0 and zero)):
+                raise BadInput(f"{item.name} must be {'at least 0' if zero else 'above 0'}, not {value}")
 
 
 HEAT = 20  # pairs of a stage whose divergence is written down token by token

@@ -1,21 +1,23 @@
 """train.py: a short run end to end, one update at a time, and the input it refuses."""
 
-import gzip
 import json
 import os
+import random
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, set_seed
 
+import make
 import ofsd as ofsd_module
 import train as train_module
+from eval import evaluate, load_questions
 from grpo import frozen_copy, group_advantages, grpo_step, knows_output_layer, policy_hidden
 from make import response_logits
-from ofsd import mine_pair, ofsd_step, privileged_prompt
-from retriever import BadInput
+from ofsd import ofsd_step
+from retriever import BadInput, open_index
 from rollout import Trajectory, load_model, rollout, spans
 from train import Config, train
 
@@ -390,31 +392,32 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, flags, 
 @pytest.mark.slow
 @pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR names no folder of SmolLM2-135M")
 @pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="the real questions are not there")
-def test_the_loop_runs_with_smollm2_on_real_questions(tmp_path):
-    """One GRPO step and one OFSD stage; an untrained model hardly ever emits the tags."""
-    with gzip.open(DATA / "hotpotqa/questions.jsonl.gz", "rt") as lines:
-        rows = [json.loads(line) for line in lines][:4]
-    for name, part in (("train", rows[:2]), ("test", rows[2:])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+def test_smollm2_is_started_and_then_learns_by_both_losses_from_real_questions(tmp_path):
+    """As it comes it writes no tag. Shown eight questions five times each it searches and answers, some of
+    them rightly, and GRPO and OFSD go on from there."""
+    corpus = str(DATA / "hotpotqa/corpus.jsonl.gz")
+    index, rows = open_index(corpus), load_questions(str(DATA / "hotpotqa/questions.jsonl.gz"))
+    shown = [row for row in rows[:100] if make.demonstrate_real(index, row)][:8]
+    for name, part in (("shown", shown * 5), ("train", shown), ("test", rows[-4:])):
+        make.write_jsonl(tmp_path / f"{name}.jsonl", part)
+    model, tokenizer = load_model(os.environ["SMOLLM2_DIR"])
+    as_it_comes = evaluate(model, tokenizer, index, shown[:2], max_turn_tokens=96)
+    assert as_it_comes["answered"] == as_it_comes["searches"] == 0
+    set_seed(0)
+    make.start_real(os.environ["SMOLLM2_DIR"], str(tmp_path / "shown.jsonl"), corpus, tmp_path / "started", 40, random.Random(0))
     folder = train(Config(
-        model=os.environ["SMOLLM2_DIR"], questions=str(tmp_path / "train.jsonl"),
-        eval_questions=str(tmp_path / "test.jsonl"), corpus=str(DATA / "hotpotqa/corpus.jsonl.gz"),
-        out=str(tmp_path / "run"), rounds=1, grpo_steps=1, questions_per_step=2, group_size=2, micro_batch=2,
-        max_turn_tokens=48, max_tokens=600,
+        model=str(tmp_path / "started"), questions=str(tmp_path / "train.jsonl"), eval_questions=str(tmp_path / "test.jsonl"),
+        corpus=corpus, out=str(tmp_path / "run"), rounds=1, grpo_steps=2, questions_per_step=4, group_size=4, grpo_lr=5e-6,
+        ofsd_questions=8, ofsd_epochs=1, ofsd_batch=4, ofsd_lr=5e-6, force_ofsd=True, micro_batch=2, max_turn_tokens=96,
+        max_observation_tokens=300, max_privileged_tokens=1200,
     ))  # fmt: skip
     rows = read(folder, "metrics.jsonl")
-    step = next(row for row in rows if row["kind"] == "step")
-    assert step["logprob_gap"] < 1e-3 and step["entropy"] > 0
-    assert [row["stage"] for row in rows if row["kind"] == "eval"] == ["base", "grpo-1", "ofsd-1"]
-    # Distillation itself, with one of two samples taken for a correct one.
-    model, tokenizer = load_model(os.environ["SMOLLM2_DIR"])
-    group = rollout(model, tokenizer, None, ["Who wrote Hamlet?"], group_size=2, seed=0, max_turn_tokens=48, max_searches=0)
-    reference, student = mine_pair(group, [1, 0])
-    prompt = privileged_prompt(tokenizer, "Who wrote Hamlet?", reference, 2048)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    teacher, pairs = frozen_copy(model), [(student, prompt)]
-    losses = [ofsd_step(model, teacher, optimizer, pairs, SMALL)["loss"] for _ in range(3)]
-    assert losses[0] > losses[-1] > 0
+    evals, (first, _) = [row for row in rows if row["kind"] == "eval"], [row for row in rows if row["stage"] == "grpo-1" and row["kind"] == "step"]
+    assert [row["stage"] for row in evals] == ["base", "grpo-1", "ofsd-1"]
+    assert evals[0]["answered"] > 0.5 and evals[0]["searches"] > 0.5
+    assert first["reward"] > 0 and first["logprob_gap"] < 1e-3
+    distilled = [row for row in rows if row["stage"] == "ofsd-1" and row["kind"] == "step"]
+    assert distilled and all(row["loss"] > 0 and row["grad_norm"] > 0 for row in distilled)
 
 
 def test_a_trajectory_in_json_keeps_who_wrote_what(small_run, micro, batch):
