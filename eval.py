@@ -30,7 +30,7 @@ from statistics import mean
 
 from datasets import load_dataset
 
-from retriever import BadInput, Parser, RemoteRetriever, at_least, open_index, printable, read_jsonl, run_script, encodable
+from retriever import BadInput, Parser, RemoteRetriever, at_least, encodable, open_index, printable, read_jsonl, run_script
 from rollout import Trajectory, load_model, rollout, standard_prompt
 
 

@@ -18,7 +18,7 @@ from retriever import BadInput, printable, read_jsonl, run_script  # noqa: E402
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
 table { border-collapse: collapse } td, th { padding: .15em .8em; text-align: right } td:first-child { text-align: left }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1em } .two > div { border: 1px solid #ccc; padding: .5em .8em; overflow-wrap: anywhere }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1em } .two > div { min-width: 0; border: 1px solid #ccc; padding: .5em .8em; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; margin: .2em 0; font: 13px/1.5 ui-monospace, monospace }
 .policy { background: #e8f3e8 } .environment { background: #eef0f4; color: #445 } .right { color: #17702a } .wrong { color: #b3261e }
 h3 { margin: 1.6em 0 .3em } summary { cursor: pointer; color: #445; white-space: nowrap; overflow: hidden; text-overflow: ellipsis } .key span { padding: 0 .4em; margin-right: .6em }

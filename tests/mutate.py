@@ -1,6 +1,6 @@
 """Do the tests notice? Breaks each loss in one small way at a time and runs its tests.
 
-    python tests/mutate.py           # some three minutes; exit status 1 if a mutant survives
+    python tests/mutate.py           # some eight minutes; exit status 1 if a mutant survives
 
 A mutant is one replacement in a copy of the repository; it is caught if a test fails. The last
 line counts. (Not collected by pytest: it runs pytest.)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,6 +197,14 @@ def test_updates_without_a_finite_gradient_are_skipped_counted_and_end_the_run(t
     assert rows[1]["grad_norm"] is None and rows[2]["grad_norm"] > 0
     saved = load_checkpoint(out / "checkpoints")
     assert saved["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_an_update():
+    """Where the student excludes a word of the teacher's the divergence is infinite, its gradient is not."""
+    logged = []
+    run = SimpleNamespace(config=SMALL, bad_updates=2, stopping=0, gather=lambda value: [value], log=lambda *_, **row: logged.append(row))
+    Run.end_step(run, "ofsd-1", 1, 5, {"loss": float("inf"), "grad_norm": 1.0})
+    assert run.bad_updates == 0 and logged[0]["no_update"] is False
 
 
 def test_a_server_that_fails_stops_training_and_the_run_goes_on_later(undisturbed, tmp_path, monkeypatch, micro_index):
