@@ -410,7 +410,7 @@ def check(name: str) -> dict:
     greedy = evaluate(model, tokenizer, index, questions, progress="greedy")
     pool = sample(questions, group_size=run.config.group_size, progress="sampled")
     sampled = rewards_of(questions, pool)
-    pairs, counts = mine_pairs(model, tokenizer, questions, pool, sampled, PRIVILEGED_TOKENS)
+    pairs, counts = mine_pairs(model, tokenizer, questions, pool, sampled, run.config.max_privileged_tokens)
     nothing = SimpleNamespace(search=lambda queries, k: [[] for _ in queries])
     return {
         "greedy": greedy["em"], "sampled": sum(sampled) / len(sampled), **counts,

@@ -225,6 +225,7 @@ def rft_step(model, optimizer, batch: list, config: Config) -> dict:
 
 def mine_more(run: Counted, questions: list[dict], pool: list) -> tuple[list[tuple], dict]:
     """mine_pairs again and again, each time without the students it has found: arm.students pairs a question."""
+
     def mine(pool: list) -> tuple[list[tuple], dict]:
         return mine_pairs(run.model, run.tokenizer, questions, pool, rewards_of(questions, pool), run.config.max_privileged_tokens)
 

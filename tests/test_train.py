@@ -216,7 +216,8 @@ def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(micro, 
     before = [p.clone() for p in teacher.parameters()]
     stats = ofsd_step(model, teacher, torch.optim.SGD(model.parameters(), lr=0.1), pairs, SMALL)
     (one, privileged, taught), (two, standard, learnt) = read_by
-    assert one is teacher and two is model and taught == learnt and privileged and standard is None
+    assert one is teacher and two is model and taught == learnt and standard is None
+    assert sorted(privileged) == sorted(prompt for _, prompt in pairs) != sorted(t.prompt_ids for t in learnt)
     assert stats["loss"] > 0
     assert all(torch.equal(b, p) and p.grad is None for b, p in zip(before, teacher.parameters()))
     # Under one and the same prompt the student is its own teacher: nothing to learn.
