@@ -1,50 +1,43 @@
-"""Rollouts: a policy thinks, searches, reads and answers, and every token is kept as sampled.
+"""Rollouts: the policy thinks, searches, reads and answers, and every token is kept as sampled.
 
-`rollout` samples many questions x group_size trajectories at once. A trajectory is a sequence
-of turns; in each the policy writes until a tag is closed, and after a search the environment
-writes what the retriever found:
+A trajectory y is a sequence of turns. In each the policy samples until it has written </search>
+or </answer>, and after a search the environment writes what the retriever found:
 
-    y = (o_1, e_1, o_2, e_2, ..., o_n)        o_i ~ pi(. | P(q), o_1, e_1, ..., o_(i-1), e_(i-1))
-    o_i = <think>...</think> <search>query</search>       or, at last,      <answer>...</answer>
-    e_i = <information>passages</information>             written, not sampled: loss_mask 0
+    y   = (o_1, e_1, o_2, e_2, ..., o_n)       o_i ~ pi(. | P(q), o_1, e_1, ..., o_(i-1), e_(i-1))
+    o_i = <think>...</think> <search>query</search>       and at last   <answer>...</answer>
+    e_i = <information>passages</information>             written: loss_mask 0 (Trajectory.extend)
 
-One key-value cache lives through all turns of a batch (class RowCache): each row keeps a
-length of its own, so rows need no padding between turns, an observation enters as one chunk,
-and rows whose turn is over are swapped behind the others and cost nothing.
+Whether a turn is over is decided on its decoded text, but what is kept are the sampled ids. A
+token such as ">\n", which closes a tag and goes on, stays whole. Nothing is decoded and encoded
+again, so training scores exactly what was sampled.
 
-How a turn ends is decided on decoded text, but what is stored are the sampled ids: a real
-tokenizer may close a tag in the middle of a token (`>` and a newline in one); that token
-stays, with its log-probability, and the observation follows it as ids of its own. Nothing is
-ever decoded and encoded again, so what training scores is what was sampled.
+Deviations from the paper (Search-E1, arXiv 2605.22511)
+    1. The wording of the prompt is ours. A tokenizer may bring its own, as micro/model does.
+    2. The limits in tokens are ours, and so is how passages are cut to fit them, longest first.
+       The paper states 4 searches (max_searches); k = 3 passages is Search-R1's.
 
-Deviations from the paper
-    1. The wording of the prompt is ours; the paper's appendix was not available. A tokenizer
-       may carry its own wording ("search_prompt" in tokenizer_config.json; micro/model does).
-    2. Passages are cut to a token budget, longest first, before the tags go round them; the
-       paper does not state how it cuts. Markup inside passages is made harmless.
-    3. The numbers of tokens a turn (256), an observation (512) and a trajectory (2,048) are
-       ours; the paper states only the 4 searches. k = 3 passages a search is Search-R1's.
-
-    python rollout.py             # one trajectory, live; --logprobs, --question, --seed
+    python rollout.py             # a lesson: one trajectory, live; --logprobs, --question, --seed
 """
 
-import inspect
 import logging
+import math
 import re
 import shutil
-import sys
-import time
+from bisect import bisect
 from dataclasses import dataclass, field
+from datetime import date
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache
 from transformers.utils.logging import disable_progress_bar
 
-from retriever import BadInput, Parser, Passage, at_least, open_index, paint, printable, run_script
+from retriever import BadInput, Passage
 
 PROMPT = """\
 Answer the question at the end. Each time you receive new information, reason about it first, \
@@ -55,18 +48,16 @@ answer between <answer> and </answer>, as short as possible and without an expla
 
 Question: {question}"""
 
-TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
-
+NAMES = "think", "search", "information", "answer"
+TAGS = tuple(f"<{slash}{name}>" for name in NAMES for slash in ("", "/"))
 
 @dataclass
 class Trajectory:
-    """One answer to one question. The three lists have one entry a response token.
-
-    loss_mask is 1 where the policy sampled the token (the stop token included), 0 where the
-    environment wrote it. logprobs are the policy's, at the sampling temperature; 0.0 where the
-    mask is 0. answer is None where there is none. finish_reason: answer, eos, searches (one
-    more than allowed), turn (too many tokens in it), length (in all), context (the model's).
-    """
+    """One answer to one question. response_ids, loss_mask and logprobs have an entry a token.
+    loss_mask is 1 where the policy sampled the token (the stop token, too), and 0 where the
+    environment wrote it. logprobs are the policy's at the sampling temperature, and 0.0 where
+    the mask is 0. finish_reason: answer, eos, searches (one more than allowed), turn (too long),
+    length (of the response), or context (of the model)."""
 
     question: str
     prompt_ids: list[int]
@@ -76,96 +67,34 @@ class Trajectory:
     queries: list[str] = field(default_factory=list)
     answer: str | None = None
     finish_reason: str = ""
-    passages: list[list[Passage]] = field(default_factory=list)  # what each query found
-    turn_start: int = 0  # where the turn being sampled begins in response_ids
+    passages: list[list[Passage]] = field(default_factory=list)  # what queries found, read or not
+    turn_start: int = 0  # where the current turn begins in response_ids
+    limits: dict[str, int] = field(default_factory=dict)  # finish_reason -> the most tokens
 
     def extend(self, ids: list[int], logprobs: list[float] | None = None) -> None:
-        """Append sampled tokens (with logprobs) or the environment's (without). The mask is
-        made here, by who wrote the token: no later comparison of ids could know that."""
+        """Append sampled tokens (with logprobs) or the environment's (without). The mask is made
+        here, by who wrote the token: comparing ids later could not tell."""
         self.response_ids += ids
         self.loss_mask += [0 if logprobs is None else 1] * len(ids)
         self.logprobs += logprobs or [0.0] * len(ids)
 
+    def full(self, more: int = 0) -> str:
+        """The limit that is reached once `more` tokens are added, or ""."""
+        length = len(self.response_ids) + more
+        return next((reason for reason, most in self.limits.items() if length >= most), "")
 
 def spans(trajectory: Trajectory):
     """Yield (sampled, ids) for each run of tokens with the same author, in order."""
-    start, mask = 0, trajectory.loss_mask
-    for end in range(1, len(mask) + 1):
-        if end == len(mask) or mask[end] != mask[start]:
-            yield bool(mask[start]), trajectory.response_ids[start:end]
-            start = end
-
-
-# ---------------------------------------------------------------- text in, text out
-
-
-def load_model(name: str):
-    """(model, tokenizer) from a local folder or a hub name: float32, on the GPU if there is one.
-    Safetensors only, no remote code. Raises BadInput where either cannot be loaded."""
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise BadInput(f"{name} is not a model folder: it has no config.json")
-    if not path.exists() and path.parent != Path() and path.parent.is_dir():  # a path, mistyped: no use asking the hub
-        raise BadInput(f"no such model folder: {name}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the one line that is wanted
-    disable_progress_bar()  # of reading and writing weights: a line that tells a reader nothing
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except Exception as error:  # transformers raises many kinds for a folder or name that is no model
-        raise BadInput(f"cannot load a model and its tokenizer from {name}: {error}") from None
-    if not len(tokenizer) or tokenizer.eos_token_id is None:
-        raise BadInput(f"{name}: no usable tokenizer there (it has no words or no end-of-sequence token)")
-    RowCache(model)  # refuses a model that it could not sample
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def save_model(model, tokenizer, folder: Path) -> None:
-    """In transformers' form, written beside and then renamed: the folder never holds half a model.
-    Raises OSError where it cannot be written."""
-    new = folder.with_name(folder.name + ".new")
-    try:
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-    except SafetensorError as error:
-        shutil.rmtree(new)
-        raise OSError(f"cannot write {folder}: {error}") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-
-
-def encode(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def standard_prompt(tokenizer, question: str) -> str:
-    """P(q) as text: the tokenizer's own wording where it carries one, else PROMPT. Markup in the
-    question is made harmless, as in passages."""
-    template = tokenizer.init_kwargs.get("search_prompt") or PROMPT
-    return template.replace("{question}", neutralise(question, tokenizer))
-
-
-def chat_ids(tokenizer, content: str) -> list[int]:
-    """Token ids of one user turn, up to where the assistant's answer begins."""
-    if tokenizer.chat_template is None:
-        return tokenizer(content + "\n")["input_ids"]
-    message = [{"role": "user", "content": content}]
-    return encode(tokenizer, tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False))
-
+    tokens = zip(trajectory.loss_mask, trajectory.response_ids)
+    for sampled, run in groupby(tokens, key=lambda token: token[0]):
+        yield bool(sampled), [id for _, id in run]
 
 def parse_turn(text: str) -> tuple[str, str] | None:
-    """What a turn asks for: ("search", query), ("answer", answer), or None if nothing yet.
-
-    The first closing tag that has an opening tag of its kind before it decides; its content
-    is what follows the last such opening tag. A closing tag without an opening one is ignored.
+    """What a turn says: ("search", query), ("answer", answer), or None if nothing yet. A closing
+    tag without an opening one is ignored; the last of several opening ones counts.
 
     >>> parse_turn("<think>hm</think> <search> Ada's <search> mother </search>")
     ('search', 'mother')
-    >>> parse_turn("</answer> <search> still writing")
     """
     for close in re.finditer(r"</(search|answer)>", text):
         start = text.rfind(f"<{close[1]}>", 0, close.start())
@@ -173,300 +102,298 @@ def parse_turn(text: str) -> tuple[str, str] | None:
             return close[1], text[start + len(f"<{close[1]}>") : close.start()].strip()
     return None
 
+def rollout(
+    model, tokenizer, retriever, questions: list[str], *, group_size: int = 1,
+    temperature: float = 1.0, max_searches: int = 4, k: int = 3, seed: int | None = None,
+    max_tokens: int = 2048, max_turn_tokens: int = 256, max_observation_tokens: int = 512,
+    batch_size: int = 256, prompts: list[list[int]] | None = None, progress: str = "",
+) -> list[Trajectory]:  # fmt: skip
+    """Sample group_size trajectories for each question: one list, groups side by side.
 
-def neutralise(text: str, tokenizer, tags: list[str] = TAGS) -> str:
-    """Our tags and the tokenizer's special tokens inside foreign text become (tag): a passage
-    can then neither end the observation nor answer the question nor open a turn, and a reader
-    of the trajectory sees that it tried."""
-    marks = sorted({*tags, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    pattern = "|".join(re.escape(mark) for mark in marks)
-    return re.sub(pattern, lambda mark: f"({mark[0][1:-1]})", text, flags=re.IGNORECASE)
+    At temperature 0 sampling is greedy, and logprobs are those at temperature 1. seed None draws
+    from torch's global state. A trajectory has at most max_searches, and a search finds at most k
+    passages. The other limits are tokens; max_tokens counts observations, too. batch_size:
+    trajectories in flight. prompts: ids that replace standard prompts. progress: a bar's title."""
+    if prompts is None:
+        prompts = [chat_ids(tokenizer, standard_prompt(tokenizer, q)) for q in questions]
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
+    # Only a token with a ">" in it can complete a closing tag.
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    closers = {token for token, piece in enumerate(pieces) if ">" in (piece or "")}
+    trajectories = []
+    for question, ids in zip(questions, prompts, strict=True):
+        limits = {"length": max_tokens, "context": context_length(model) - len(ids)}
+        trajectories += [Trajectory(question, [*ids], limits=limits) for _ in range(group_size)]
+    for trajectory in trajectories:  # a prompt too long for the model stops its whole group
+        trajectory.finish_reason = trajectory.full()
+    size = max(batch_size // group_size, 1) * group_size  # whole groups
+    bar = tqdm(total=len(trajectories), desc=progress, disable=not progress or None, leave=False)
 
+    for first in range(0, len(trajectories), size):
+        # The cache reads each prompt once, and its group shares it. Throughout, the cache lacks
+        # the last token of each row: the forward pass that reads it gives the next one's logits.
+        rows = [row for row in trajectories[first : first + size] if not row.finish_reason]
+        cache = RowCache(model)
+        if rows:
+            cache.feed([row.prompt_ids[:-1] for row in rows[::group_size]])
+            cache.select([i // group_size for i in range(len(rows))])
 
-def fit_lengths(lengths: list[int], room: int) -> list[int]:
-    """Shorten the longest first until the sum is at most room.
+        while rows:
+            # 1. Sample a token for each row, again and again, until all turns are over. The cache
+            #    reads its first n rows, so a row whose turn is over is swapped behind those that
+            #    still sample. From the last to the first, a swap moves only rows already seen.
+            n = len(rows)
+            while n:
+                last = [(row.response_ids or row.prompt_ids)[-1:] for row in rows[:n]]
+                logits = cache.feed(last)  # (n, V)
+                tokens, logprobs = sample(logits, temperature, generator)
+                for i in reversed(range(n)):
+                    row = rows[i]
+                    row.extend([tokens[i]], [logprobs[i]])
+                    turn = row.response_ids[row.turn_start :]
+                    text = decode(tokenizer, turn) if tokens[i] in closers else ""
+                    if end_turn(row, text, stops, max_searches, max_turn_tokens):
+                        n -= 1
+                        cache.swap(i, n)
+                        rows[i], rows[n] = rows[n], row
 
-    >>> fit_lengths([5, 100, 40], room=65)
-    [5, 30, 30]
-    """
-    for shorter, length in enumerate(sorted(lengths)):  # those shorter than the limit stay whole
-        limit = max(room, 0) // (len(lengths) - shorter)
-        if length > limit:
-            return [min(length, limit) for length in lengths]
-        room -= length
-    return list(lengths)
+            # 2. Search for all rows that asked, in one call, and let each read what was found.
+            asking = [row for row in rows if not row.finish_reason]
+            found = retriever.search([row.queries[-1] for row in asking], k) if asking else []
+            for row, passages in zip(asking, found, strict=True):
+                ids = observation_ids(tokenizer, passages, max_observation_tokens)
+                row.passages.append(passages)
+                row.finish_reason = row.full(more=len(ids))
+                if not row.finish_reason:
+                    row.extend(ids)
+                    row.turn_start = len(row.response_ids)
 
+            # 3. Keep the rows that go on. Feed the cache all that it lacks but their last tokens.
+            going = [i for i, row in enumerate(rows) if not row.finish_reason]
+            bar.update(len(rows) - len(going))
+            rows = [rows[i] for i in going]
+            if rows:
+                cache.select(going)
+                held = [row.prompt_ids + row.response_ids for row in rows]
+                cache.feed([ids[length:-1] for ids, length in zip(held, cache.lengths)])
+    bar.close()
+    return trajectories
+
+def end_turn(row: Trajectory, text: str, stops, max_searches: int, max_turn_tokens: int) -> bool:
+    """Note what the turn says, or why the trajectory ends. True if the turn is over. text is the
+    turn's, or "" where its last token cannot close a tag."""
+    kind, content = parse_turn(text) or ("", "")
+    if kind == "answer":
+        row.answer, row.finish_reason = content, "answer"
+    elif kind and len(row.queries) >= max_searches:
+        row.finish_reason = "searches"
+    elif kind:
+        row.queries.append(content)
+    elif row.response_ids[-1] in stops:
+        row.finish_reason = "eos"
+    else:
+        spent = len(row.response_ids) - row.turn_start >= max_turn_tokens
+        row.finish_reason = row.full() or ("turn" if spent else "")
+    return bool(kind or row.finish_reason)
+
+def standard_prompt(tokenizer, question: str) -> str:
+    """P(q) as text: the tokenizer's own wording if it brings one, else PROMPT."""
+    template = tokenizer.init_kwargs.get("search_prompt") or PROMPT
+    return template.replace("{question}", neutralise(question, tokenizer))
+
+def chat_ids(tokenizer, content: str) -> list[int]:
+    """Token ids of one user turn, up to where the assistant's answer begins."""
+    if tokenizer.chat_template is None:
+        bos = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+        return bos[:1] + encode(tokenizer, content + "\n")
+    messages = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return encode(tokenizer, text)
 
 def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int]:
-    """<information>, a line "- title: text" for each passage, </information>, as ids. The passages
-    are cut to fit the budget (tokens, tags included) first, so no tag is ever cut."""
-    newline, head, tail = (encode(tokenizer, text) for text in ("\n", "\n<information>\n", "</information>\n"))
-    # A passage may be a megabyte in one line: twenty characters for each token of the budget are enough.
-    lines = [" ".join(f"- {passage.title}: {passage.text}"[: 20 * budget].split()) for passage in passages] or ["nothing was found"]
-    lines = [encode(tokenizer, neutralise(line, tokenizer)) for line in lines]
-    kept = fit_lengths([len(line) for line in lines], budget - len(head) - len(tail) - len(lines) * len(newline))
-    body = [token for line, length in zip(lines, kept) for token in line[:length] + newline]
+    """The ids of <information>, a line "- title: text" for each passage, and </information>.
+    Passages are cut first, to fit the budget (tokens, with the tags): tags are never cut."""
+    parts = "\n<information>\n", "\n", "</information>\n"
+    head, newline, tail = (encode(tokenizer, part) for part in parts)
+    # A passage may be a megabyte in one line. Twenty characters a token are more than enough.
+    texts = [f"- {passage.title}: {passage.text}"[: 20 * budget] for passage in passages]
+    texts = [" ".join(text.split()) for text in texts] or ["nothing was found"]
+    lines = [encode(tokenizer, neutralise(text, tokenizer)) for text in texts]
+    room = budget - len(head) - len(tail) - len(lines) * len(newline)
+    # Cut the longest first. Of the lengths 0, 1, 2, ... the first `fit` leave room for all lines.
+    fit = bisect(range(budget + 1), room, key=lambda most: sum(min(len(x), most) for x in lines))
+    body = []
+    for line in lines:
+        kept = line[: max(fit - 1, 0)]
+        while kept and len(kept) < len(line) and decode(tokenizer, kept).endswith("\ufffd"):
+            kept.pop()  # a token may hold a part of a character only
+        body += kept + newline
     return head + body + tail
 
+def neutralise(text: str, tokenizer, tags: tuple[str, ...] = TAGS) -> str:
+    """Tags and the tokenizer's own markup become (tag) in foreign text. So a passage cannot end
+    the observation, answer the question or open a turn, and one sees that it tried."""
+    return markup(tokenizer, tuple(tags)).sub(lambda mark: f"({mark[0][1:-1]})", text)
 
-# ---------------------------------------------------------------- the model, with its cache
+@lru_cache
+def markup(tokenizer, tags: tuple[str, ...]) -> re.Pattern:
+    """The tags, and what stands in brackets of special tokens and of the chat template."""
+    marks = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    marks += re.findall(r"<[^<>\s]+>|\[[^\[\]\s]+\]", decode(tokenizer, chat_ids(tokenizer, "?")))
+    marks = {mark for mark in marks if re.fullmatch(r"[<\[{|].+[>\]}|]", mark) and mark not in TAGS}
+    longest_first = sorted(marks.union(tags), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
 
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of a piece of text."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-class RowLayer(CacheLayerMixin):
-    """Keys and values of one layer, (rows, heads, slots, width); row r writes at its own slots.
-    The slots of a forward pass are set in RowCache; there is no other state."""
+def decode(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def __init__(self, cache: "RowCache"):
-        super().__init__()
-        self.cache = cache
+# ---------------------------------------------------------------- machinery
 
-    def lazy_initialization(self, keys, values):
-        self.keys, self.values = (values.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (keys, values))
-        self.is_initialized = True
-
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-        keys = keys.to(values.dtype)  # under autocast rotary embeddings make them float32: twice what attention reads
-        slots, used = self.cache.slots, self.cache.used  # slots: (n, S)
-        if used > self.keys.shape[2]:  # grow by half as much again: copying stays rare
-            more = max(used * 3 // 2, 64) - self.keys.shape[2]
-            self.keys, self.values = (
-                torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], dim=2) for x in (self.keys, self.values)
-            )
-        rows = torch.arange(len(slots), device=slots.device)[:, None]  # (n, 1)
-        self.keys[rows, :, slots] = keys.transpose(1, 2)  # (n, S, heads, width)
-        self.values[rows, :, slots] = values.transpose(1, 2)
-        return self.keys[: len(slots), :, :used], self.values[: len(slots), :, :used]
-
-    def get_seq_length(self):
-        return self.cache.used
-
-    def get_mask_sizes(self, query_length):
-        return self.cache.used, 0
-
-    def get_max_length(self):
-        return -1
-
+def sample(logits: torch.Tensor, temperature: float, generator=None) -> tuple[list, list]:
+    """A token for each row of logits (n, V), and its log-probability."""
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (n, V)
+    if temperature:
+        # One random number a row inverts the cumulative distribution. torch.multinomial draws
+        # one for each token of the vocabulary, which costs more than a small model does.
+        cumulative = logprobs.exp().cumsum(dim=-1)  # (n, V)
+        level = torch.rand(len(logits), 1, device=logits.device, generator=generator)  # (n, 1)
+        # right=True: the first token whose sum exceeds the level, so none of probability 0.
+        chosen = torch.searchsorted(cumulative, level * cumulative[:, -1:], right=True)  # (n, 1)
+        chosen = chosen.clamp(max=logits.shape[1] - 1)
+    else:
+        chosen = logprobs.argmax(dim=-1, keepdim=True)  # (n, 1)
+    values = logprobs.gather(1, chosen)[:, 0].tolist()
+    if any(map(math.isnan, values)):
+        raise BadInput("the model's logits are not numbers: its weights are damaged")
+    return chosen[:, 0].tolist(), values
 
 class RowCache(Cache):
-    """A key-value cache whose rows have lengths of their own.
-
-    The next tokens of row r go to the slots after its length, so the slots of a row have no
-    gaps and slot = position. A query at position p sees the slots <= p: that is the whole
-    mask. The rows that take part in a forward pass are the first n; slicing copies nothing.
-    """
+    """A key-value cache in which each trajectory has a row that grows on its own. A token's slot
+    is its position, and a query at position p sees the slots up to p: what stands behind a row's
+    end is never seen. The first n rows take part in a forward pass: taking them copies nothing."""
 
     def __init__(self, model):
-        config = model.config.get_text_config()
-        kinds = getattr(config, "layer_types", None) or ["sliding" if getattr(config, "sliding_window", None) else "full_attention"]
-        wanted = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
-        if {*kinds} != {"full_attention"} or not wanted <= inspect.signature(model.forward).parameters.keys():
-            raise BadInput(f"{config.model_type}: only decoders whose every layer is full attention can be sampled here")
-        super().__init__(layers=[RowLayer(self) for _ in range(config.num_hidden_layers)])
-        self.model, self.context = model, context_length(model)
-        self.lengths: list[int] = []  # tokens held by each row
+        super().__init__(layers=[])
+        self.model = model
+        self.lengths: list[int] = []  # tokens in each row
+        self.store: dict[tuple[int, str], torch.Tensor] = {}  # (rows, heads, slots, width) each
 
     @torch.no_grad()
-    def forward(self, chunks: list[list[int]]) -> torch.Tensor:
-        """Append chunk i to row i; the logits (n, V) after each chunk's last PADDED position:
-        meaningful only where all chunks have one length. (Hence sampling feeds all tokens but
-        the last as a chunk, and the last as a chunk of one.)"""
-        device = self.model.device
+    def feed(self, chunks: list[list[int]]) -> torch.Tensor:
+        """Append chunk i to row i. Returns the logits (n, V) after the last column, of use only if
+        all chunks are equally long."""
+        device, n, on_gpu = self.model.device, len(chunks), self.model.device.type != "cpu"
         size = max(1, *(len(chunk) for chunk in chunks))
-        ids = torch.tensor([chunk + [0] * (size - len(chunk)) for chunk in chunks], device=device)  # (n, S)
-        start = torch.tensor(self.lengths[: len(chunks)], device=device)[:, None]  # (n, 1)
-        self.slots = start + torch.arange(size, device=device)  # (n, S); those of padding are overwritten later
-        self.used = max(self.lengths[: len(chunks)]) + size
-        mask = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]  # (n, 1, S, used)
-        if self.model.config._attn_implementation != "sdpa":  # eager attention adds its mask to the scores
+        padded = [chunk + [0] * (size - len(chunk)) for chunk in chunks]
+        self.lengths += [0] * (n - len(self.lengths))
+        start = torch.tensor(self.lengths[:n], device=device)[:, None]  # (n, 1)
+        self.slots = start + torch.arange(size, device=device)  # (n, S); the next overwrite padding
+        self.used = max(self.lengths[:n]) + size
+        mask = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]
+        if self.model.config._attn_implementation != "sdpa":  # eager attention adds its mask
             mask = torch.where(mask, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
-        with autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             output = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=self.slots.clamp(max=self.context - 1),
+                input_ids=torch.tensor(padded, device=device),  # (n, S)
+                attention_mask=mask,  # (n, 1, S, used)
+                position_ids=self.slots.clamp(max=context_length(self.model) - 1),
                 past_key_values=self, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
         for row, chunk in enumerate(chunks):
             self.lengths[row] += len(chunk)
         return output.logits[:, -1].float()  # (n, V)
 
+    def update(self, keys, values, layer: int, *args, **kwargs):
+        """A layer of the model hands in its new keys and values, and gets back all of them."""
+        rows, both = torch.arange(len(keys), device=keys.device)[:, None], []  # (n, 1)
+        for name, new in (("keys", keys), ("values", values)):  # (n, heads, S, width)
+            new = new.to(values.dtype)  # autocast leaves rotary keys in float32, twice the size
+            kept = self.store.get((layer, name), new[:, :, :0])
+            if self.used > kept.shape[2]:  # grow by half as much again: copying stays rare
+                more = max(self.used * 3 // 2, 64) - kept.shape[2]
+                kept = torch.nn.functional.pad(kept, (0, 0, 0, more))
+            kept[rows, :, self.slots] = new.transpose(1, 2)  # (n, S, heads, width)
+            self.store[layer, name] = kept
+            both.append(kept[: len(keys), :, : self.used])
+        return both
+
+    def get_seq_length(self, *args) -> int:
+        return self.used
+
     def swap(self, one: int, two: int) -> None:
-        used = max(self.lengths[one], self.lengths[two])
+        """Exchange two rows."""
         self.lengths[one], self.lengths[two] = self.lengths[two], self.lengths[one]
-        for layer in self.layers:
-            for x in (layer.keys, layer.values):
-                x[[one, two], :, :used] = x[[two, one], :, :used]
+        for kept in self.store.values():
+            kept[[one, two], :, : self.used] = kept[[two, one], :, : self.used]
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order; a row may be named several times."""
+        """Keep these rows, in this order. A row may be named several times."""
         self.lengths = [self.lengths[row] for row in rows]
-        for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-
-
-def autocast(device):
-    """bf16 arithmetic on a GPU, over float32 weights; nothing on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
+        self.store = {name: kept[rows] for name, kept in self.store.items()}
 
 def context_length(model) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
 
+def load_model(name: str, day: str = ""):
+    """(model, tokenizer) from a folder or hub name, in float32, on the GPU if there is one. day, as
+    2026-01-31, is written into a chat template that asks for it. BadInput: it cannot be used."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line of ours is enough
+    disable_progress_bar()
+    dated = lambda match: repr(date.fromisoformat(day or str(date.today())).strftime(match[2]))
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(name), AutoConfig.from_pretrained(name)
+        template = re.sub(r"strftime_now\((['\"])(.*?)\1\)", dated, tokenizer.chat_template or "")
+        tokenizer.chat_template = template or None
+        for part in (config, config.get_text_config()):  # no dropout, so training scores the same
+            drops = [key for key, x in vars(part).items() if "drop" in key and isinstance(x, float)]
+            vars(part).update(dict.fromkeys(drops, 0.0))
+        how = dict(config=config, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, **how).eval()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        check_sampling(model, tokenizer)
+    except Exception as error:  # transformers raises many kinds for what is no model
+        raise BadInput(f"cannot use {name}: {error}") from None
+    return model, tokenizer
 
-# ---------------------------------------------------------------- sampling
+@torch.no_grad()
+def check_sampling(model, tokenizer) -> None:
+    """Raise ValueError where sampling would not be exact: try two rows, a long and a short one."""
+    config, size = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id is None or not 0 < len(tokenizer) <= size:
+        raise ValueError("its tokenizer has no end-of-sequence token, or too many tokens, or none")
+    chat_ids(tokenizer, standard_prompt(tokenizer, "?"))  # its chat template may raise
+    windows = getattr(config, "layer_types", None) or [getattr(config, "sliding_window", None)]
+    rescales = re.search("dynamic|longrope", str(getattr(config, "rope_parameters", None)))
+    if not {*windows} <= {"full_attention", None, 0} or rescales:
+        raise ValueError("a token must see all before it, at positions that no later one changes")
+    ids = (torch.arange(min(400, context_length(model) - 1)) * 7919 % size).tolist()  # all sorts
+    cache = RowCache(model)
+    cache.feed([ids[:-1], ids[:6]])
+    cached = cache.feed([ids[-1:], ids[6:7]]).log_softmax(-1)  # (2, V)
+    for row, chunk in enumerate((ids, ids[:7])):
+        logits = model(torch.tensor([chunk], device=model.device)).logits[0, -1].float()  # (V,)
+        gap = (cached[row] - logits.log_softmax(-1)).abs().max()
+        if not gap < (0.01 if model.device.type == "cpu" else 0.5):  # bfloat16 keeps eight bits
+            raise ValueError(f"log-probabilities are off by {gap:.2g} when sampled with a cache")
 
-
-def draw(logprobs: torch.Tensor, generator=None) -> torch.Tensor:
-    """One token a row, (n, V) -> (n, 1), by inverting the cumulative distribution: one random
-    number a row. torch.multinomial draws one a word, which on a CPU costs more than a small model.
-
-    >>> draw(torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]).log(), torch.Generator().manual_seed(0)).tolist()
-    [[1], [0]]
-    """
-    cumulative = logprobs.exp().cumsum(dim=-1)  # (n, V)
-    level = torch.rand(len(logprobs), 1, device=logprobs.device, generator=generator) * cumulative[:, -1:]  # (n, 1)
-    # right=True: the first word whose sum exceeds the level, so never one of probability 0.
-    return torch.searchsorted(cumulative, level, right=True).clamp(max=logprobs.shape[1] - 1)
-
-
-def rollout(
-    model, tokenizer, retriever, questions: list[str], *, group_size: int = 1, temperature: float = 1.0,
-    max_searches: int = 4, k: int = 3, seed: int | None = None, max_tokens: int = 2048, max_turn_tokens: int = 256,
-    max_observation_tokens: int = 512, batch_size: int = 256, prompts: list[list[int]] | None = None,
-    progress: str = "",
-) -> list[Trajectory]:  # fmt: skip
-    """Sample group_size trajectories for each question: question-major, groups side by side.
-
-    temperature 0 is greedy (logprobs are then those at temperature 1). seed None draws from
-    torch's global state. batch_size: trajectories in flight. prompts: token ids to condition
-    on, one list a question, in place of the standard prompt (OFSD's teacher). progress: what a
-    progress bar is to say. max_searches and k: searches a trajectory, passages a search. In tokens:
-    max_tokens a response, observations included; max_turn_tokens; max_observation_tokens.
-    """
-    if prompts is None:
-        prompts = [chat_ids(tokenizer, standard_prompt(tokenizer, question)) for question in questions]
-    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    stops = {tokenizer.eos_token_id}
-    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    stops |= set(listed) if isinstance(listed, list) else {listed} - {None}
-    # Only a token with a ">" in it can complete a closing tag: the rest need no decoding.
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    closers = {token for token, piece in enumerate(pieces) if piece and ">" in piece}
-
-    def ends_turn(row: Trajectory) -> bool:
-        """Has this row just finished its turn? Sets finish_reason where that ends it for good."""
-        turn = row.response_ids[row.turn_start :]
-        if turn[-1] in closers and (asked := parse_turn(decode(tokenizer, turn))):
-            if asked[0] == "answer":
-                row.answer, row.finish_reason = asked[1], "answer"
-            elif len(row.queries) == max_searches:
-                row.finish_reason = "searches"
-            else:
-                row.queries.append(asked[1])
-            return True
-        if turn[-1] in stops:
-            row.finish_reason = "eos"
-        elif len(row.response_ids) >= max_tokens:
-            row.finish_reason = "length"
-        elif len(row.prompt_ids) + len(row.response_ids) >= context_length(model):
-            row.finish_reason = "context"
-        elif len(turn) >= max_turn_tokens:
-            row.finish_reason = "turn"
-        return row.finish_reason != ""
-
-    def sample_turn(cache: RowCache, rows: list[Trajectory], tokens: list[int]) -> None:
-        """Sample until every row's turn is over. tokens[i] is the last one row i holds, not yet
-        in the cache. The rows still sampling are the first n; rows and cache change order."""
-        n = len(rows)
-        while n:
-            logits = cache.forward([[token] for token in tokens[:n]])  # (n, V)
-            logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (n, V)
-            if temperature:
-                chosen = draw(logprobs, generator)  # (n, 1)
-            else:
-                chosen = logprobs.argmax(dim=-1, keepdim=True)  # (n, 1)
-            tokens[:n], values = chosen[:, 0].tolist(), logprobs.gather(1, chosen)[:, 0].tolist()
-            for row, token, value in zip(rows, tokens, values):
-                row.extend([token], [value])
-            for i in reversed([i for i in range(n) if ends_turn(rows[i])]):
-                n -= 1
-                if i < n:
-                    cache.swap(i, n)
-                    rows[i], rows[n] = rows[n], rows[i]
-                    tokens[i], tokens[n] = tokens[n], tokens[i]
-
-    def observe(row: Trajectory, found: list[Passage]) -> list[int]:
-        """Append what was found; returns the tokens the cache lacks, or [] where it cannot fit."""
-        ids = observation_ids(tokenizer, found, max_observation_tokens)
-        row.passages.append(found)
-        if len(row.response_ids) + len(ids) >= max_tokens:
-            row.finish_reason = "length"
-        elif len(row.prompt_ids) + len(row.response_ids) + len(ids) >= context_length(model):
-            row.finish_reason = "context"
-        else:
-            last = row.response_ids[-1:]
-            row.extend(ids)
-            row.turn_start = len(row.response_ids)
-            return last + ids
-        return []
-
-    def run_batch(batch: list[Trajectory]) -> None:
-        rows = [row for row in batch if len(row.prompt_ids) < context_length(model)]
-        for row in batch:
-            row.finish_reason = "" if len(row.prompt_ids) < context_length(model) else "context"
-        if not rows:
-            return
-        cache, firsts = RowCache(model), rows[::group_size]
-        cache.lengths = [0] * len(firsts)
-        cache.forward([row.prompt_ids[:-1] for row in firsts])  # once a question
-        cache.select([i // group_size for i in range(len(rows))])  # shared by its group
-        new = [row.prompt_ids[-1:] for row in rows]  # what each row holds and the cache lacks
-        while rows:
-            sample_turn(cache, rows, [ids[-1] for ids in new])
-            bar.update(sum(row.finish_reason != "" for row in rows))
-            going = [i for i, row in enumerate(rows) if not row.finish_reason]
-            found = retriever.search([rows[i].queries[-1] for i in going], k) if going else []
-            new = [observe(rows[i], passages) for i, passages in zip(going, found)]
-            bar.update(sum(not ids for ids in new))
-            going, new = [i for i, ids in zip(going, new) if ids], [ids for ids in new if ids]
-            rows = [rows[i] for i in going]
-            if rows:
-                cache.select(going)
-                cache.forward([ids[:-1] for ids in new])  # the observation, as one chunk
-
-    result = [Trajectory(q, list(ids)) for q, ids in zip(questions, prompts) for _ in range(group_size)]
-    step = max(batch_size // group_size, 1) * group_size
-    with tqdm(total=len(result), desc=progress, disable=None if progress else True, leave=False) as bar:
-        for start in range(0, len(result), step):
-            run_batch(result[start : start + step])
-    return result
-
-
-def lesson() -> None:
-    """One trajectory of micro/model: who wrote what, and how likely the policy found it."""
-    parser = Parser(description="Play one trajectory of micro/model.")
-    parser.add_argument("--question", default="Who or what is the spouse of the founder of Hunik Labs?")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--logprobs", action="store_true", help="each token on a line, with its log-probability")
-    args = parser.parse_args()
-    folder = Path(__file__).parent / "micro"
-    model, tokenizer = load_model(str(folder / "model"))
-    row = rollout(model, tokenizer, open_index(folder / "corpus.jsonl"), [args.question], seed=args.seed)[0]
-    print(f"question: {printable(args.question)}\n\nSampled by the policy (loss_mask 1), written by the environment (loss_mask 0):\n")
-    last = None
-    for token, sampled, value in zip(row.response_ids, row.loss_mask, row.logprobs):
-        if sampled != last:
-            print(("\n" if last is not None else "") + ("policy> " if sampled else "environment> "), end="\n" if args.logprobs else "")
-        text = printable(decode(tokenizer, [token]))
-        if args.logprobs:
-            print(f"    {text!r:24}" + (f"{value:8.3f}" if sampled else "       -"))
-        else:
-            print(paint(text, "32" if sampled else "34"), end="", flush=True)
-        last = sampled
-        time.sleep(0.03 if sys.stdout.isatty() else 0)  # as one would read it
-    print(f"\n\n{len(row.queries)} searches, {sum(row.loss_mask)} of {len(row.loss_mask)} tokens are the policy's; "
-          f"it ended by: {row.finish_reason}; answer: {printable(str(row.answer))}")  # fmt: skip
-
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write beside, then replace: if that is cut short, folder.new is whole. Raises OSError."""
+    new = folder.with_name(folder.name + ".new")
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {new}: {error}") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 if __name__ == "__main__":
-    run_script(lesson)
+    from micro.lessons import rollout_lesson, run_script
+    run_script(rollout_lesson)

@@ -1,38 +1,27 @@
 """Search-E1: GRPO and offline self-distillation in turn, until the policy searches well.
 
     for each round:
-        GRPO   rollouts, exact-match rewards, one clipped policy update a batch        (grpo.py)
-        OFSD   re-sample, mine (reference, student) pairs, measure the teacher's edge,
-               pull the student towards the teacher                                    (ofsd.py)
+        GRPO   sample trajectories, reward exact answers, one clipped update a batch   (grpo.py)
+        OFSD   sample again, mine pairs of a good and a worse trajectory, and pull the policy
+               towards what it says itself when its prompt shows the good one          (ofsd.py)
 
-    python train.py                               # two rounds on the micro world; minutes on 2 cores
-    python train.py --seed 1 --out runs/seed1     # every field of Config is a flag
-    python train.py --resume runs/seed1           # goes on where it stood, to the same weights, bit for bit
-    torchrun --standalone --nproc-per-node 2 train.py   # a process a device; the gradient is that of one
+    python train.py                                # two rounds on micro/; minutes on two cores
+    python train.py --no-ofsd --out runs/grpo      # GRPO alone; every field of Config is a flag
+    python train.py --config configs/paper.json    # settings from a file; flags win over it
+    python train.py --resume runs/grpo             # goes on as if it had never stopped, bit for bit
+    torchrun --standalone --nproc-per-node 2 train.py    # a process for each device
 
-It writes to runs/NAME: config.json; metrics.jsonl, a line a step, a mining and an evaluation
-(kind says which); trajectories.jsonl, every evaluation's answers and every mined pair; model/,
-which transformers loads; and checkpoints/, the last two, each one file that is there as a whole
-or not at all. Ctrl-C finishes the step, saves, and says how to go on; a second one does not wait.
+Read train() and its two stages; the rest is machinery. A run writes to runs/NAME: config.json;
+metrics.jsonl; trajectories.jsonl, with tested answers and mined pairs; model/, which transformers
+loads; and checkpoints/. If it is killed it loses only what came after the last checkpoint.
 
-What a step's line says: reward; zero_var, the share of groups with equal rewards (they teach
-nothing); kl to the start policy (k3); clip_frac; entropy; grad_norm; length of a response in
-tokens; searches; no_answer and repeats, shares of trajectories (repeats: asks a query twice);
-logprob_gap, the largest difference between the rollout's log-probability of a token and the
-training pass's before any update: a bug in mask, cache or temperature shows here first;
-no_update, true where the gradient was not finite and nothing was changed.
-
-Deviations from the paper
-    1. Sizes and learning rates are those of a model of a million parameters on two cores; the
-       README has the paper's.
-    2. Before a stage of distillation the teacher's edge is measured on fresh samples, and a
-       stage without a positive supported edge is skipped (--force-ofsd runs it): a teacher
-       that is no better, or that only copies the reference's answer, does harm.
-    3. GRPO's learning rate falls over the run (the paper states no schedule): at a constant one the
-       teacher's supported edge before the second distillation was -.08 to +.07 on validation.
+Deviations from the paper (Search-E1, arXiv 2605.22511)
+    1. Sizes, learning rates and --clip are for a million parameters. configs/ has others.
+    2. Before OFSD the teacher's edge is measured: its exact match (EM) minus the student's. Unless
+       it is above 0 in answers that a retrieved passage supports, the stage is skipped.
+    3. GRPO's learning rate falls. At a constant one the edge was gone before the second OFSD.
 """
 
-import argparse
 import json
 import math
 import os
@@ -40,497 +29,391 @@ import random
 import signal
 import sys
 import time
-import zlib
+from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import pairwise
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
-from transformers import set_seed
 
-from eval import load_mixture, load_questions, report, rewards_of, score
-from grpo import batch_stats, frozen_copy, grpo_step, knows_output_layer, rank_and_ranks, same_on_all_ranks
-from ofsd import Adapters, mine_pairs, ofsd_step, token_divergences
-from retriever import BadInput, Parser, RemoteRetriever, SearchFailed, checksum, open_index, run_script
-from rollout import Trajectory, decode, load_model, rollout, save_model, spans
-
+from eval import batch_stats, load_mixture, load_questions, report, rewards_of, score, teacher_edge
+from grpo import check_training, frozen_copy, gather, grpo_step, rank_and_ranks
+from ofsd import Pair, merge_adapters, mine_pairs, ofsd_step, token_divergences, trainable
+from retriever import BadInput, Parser, Passage, RemoteRetriever, open_index, run_script
+from rollout import Trajectory, chat_ids, decode, load_model, rollout, save_model, spans
+from rollout import standard_prompt
 
 def setting(default, help: str, **limits):
-    """limits: zero=True where a number may be 0, choices where only these words are meant."""
+    """limits: zero=True where a number may be 0; choices, where only these words are meant."""
     return field(default=default, metadata={"help": help, **limits})
-
 
 @dataclass
 class Config:
+    """Every field is a flag, and a key in a --config file."""
+
     model: str = setting("micro/model", "where the policy starts: a model folder or hub name")
-    questions: str = setting("micro/train.jsonl", "training questions: JSON lines or hub/dataset:config:split; or several, with commas")
+    questions: str = setting("micro/train.jsonl", "JSON lines, or hub/dataset:config:split, or A,B")
     eval_questions: str = setting("micro/test.jsonl", "questions of the final table")
-    corpus: str = setting("micro/corpus.jsonl", "passages to search: JSON lines; CORPUS.bm25 is their saved index, if it is newer")
-    retriever_url: str = setting("", "a server that speaks Search-R1's protocol, in place of a corpus")
-    on_search_failure: str = setting("stop", "where the server fails, asked again: stop, or nothing (the searches find nothing)", choices=("stop", "nothing"))
-    out: str = setting("", "folder of this run; must not exist (default: runs/ and the date)")
-    seed: int = setting(0, "seed of Python, numpy, torch and sampling", zero=True)
+    corpus: str = setting("micro/corpus.jsonl", "passages; CORPUS.bm25 may be their saved index")
+    retriever_url: str = setting("", "a server with Search-R1's protocol, in place of a corpus")
+    out: str = setting("", "folder of this run, a new one (default: runs/ and the date)")
+    seed: int = setting(0, "seed of everything random", zero=True)
     rounds: int = setting(2, "rounds of GRPO and then OFSD", zero=True)
+    ofsd: bool = setting(True, "the OFSD stages; without them GRPO alone")
     # the search environment
-    max_searches: int = setting(4, "searches a question", zero=True)
+    max_searches: int = setting(4, "searches a trajectory", zero=True)
     k: int = setting(3, "passages a search")
     max_tokens: int = setting(2048, "tokens of a response, observations included")
     max_turn_tokens: int = setting(256, "tokens of a turn")
     max_observation_tokens: int = setting(512, "tokens of an observation")
-    prompt: str = setting("", "wording of the prompt, with {question} in it (default: the tokenizer's, or PROMPT)")
+    prompt: str = setting("", "wording of the prompt, with {question} in it")
+    date: str = setting("", "what a chat template is told, as 2026-01-31 (default: today)")
     # GRPO
     grpo_steps: int = setting(20, "steps a round", zero=True)
     questions_per_step: int = setting(16, "groups a step")
-    group_size: int = setting(5, "G, trajectories a question; also K, OFSD's")
-    grpo_lr: float = setting(1.5e-4, "learning rate of AdamW at the start; it falls linearly, to 0 at the last round's end")
-    updates: int = setting(1, "updates on each batch of rollouts")
+    group_size: int = setting(5, "trajectories a question: G, and K in OFSD")
+    grpo_lr: float = setting(1.5e-4, "learning rate of GRPO, which falls linearly to 0")
+    updates: int = setting(1, "updates on each batch of trajectories")
     clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
-    kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty to the start policy", zero=True)
+    kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty", zero=True)
     # OFSD
-    ofsd_questions: int = setting(360, "training questions re-sampled before distillation (0: all)", zero=True)
+    ofsd_questions: int = setting(360, "questions sampled for a stage (0: all)", zero=True)
     ofsd_epochs: int = setting(2, "passes over the mined pairs", zero=True)
     ofsd_batch: int = setting(16, "pairs an update")
-    ofsd_lr: float = setting(2e-4, "learning rate of AdamW")
-    divergence: str = setting("forward_kl", "forward_kl, reverse_kl or jsd", choices=("forward_kl", "reverse_kl", "jsd"))
-    clip: str = setting("none", "none, entry (the paper's) or position", choices=("none", "entry", "position"))
-    tau: float = setting(0.05, "cap of the clip, in nats")
-    max_privileged_tokens: int = setting(224, "tokens of the privileged prompt; passages of the reference are cut to fit")
-    lora_rank: int = setting(0, "distil into adapters of this rank, then merge them, as the paper does (0: all weights)", zero=True)
-    grpo_lora_rank: int = setting(0, "the same in a GRPO stage, for a card too small for all weights", zero=True)
+    ofsd_lr: float = setting(2e-4, "learning rate of OFSD")
+    divergence: str = setting("forward_kl", "loss", choices=("forward_kl", "reverse_kl", "jsd"))
+    clip: str = setting("none", "of the loss; paper: entry", choices=("none", "entry", "position"))
+    tau: float = setting(0.05, "cap of that clip, in nats")
+    max_privileged_tokens: int = setting(224, "tokens of the privileged prompt, cut to fit")
+    lora_rank: int = setting(0, "OFSD trains adapters of this rank (0: all weights)", zero=True)
+    grpo_lora_rank: int = setting(0, "GRPO trains adapters of this rank (0: all)", zero=True)
     force_ofsd: bool = setting(False, "distil even where the teacher has no supported edge")
     # hardware and evaluation
     micro_batch: int = setting(20, "sequences a forward pass in training")
-    gradient_checkpointing: bool = setting(False, "keep only each layer's input for the backward pass: less memory, a third more time")
+    gradient_checkpointing: bool = setting(False, "less memory, a third more time")
     rollout_batch: int = setting(256, "trajectories in flight while sampling")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm")
-    save_every: int = setting(10, "steps between two checkpoints in a stage")
-    eval_limit: int = setting(0, "evaluate on the first so many questions only (0: all)", zero=True)
+    save_every: int = setting(10, "steps between two checkpoints")
+    eval_limit: int = setting(0, "evaluate on so many questions only (0: all)", zero=True)
 
     def __post_init__(self):
+        for item in fields(self):
+            value, limits, kind = getattr(self, item.name), item.metadata, item.type.__name__
+            span = ("at least" if "zero" in limits else "above") + " 0 and below 2**32"
+            wanted = limits.get("choices", span if item.type in (int, float) else "any")
+            good = type(value) is item.type or (item.type, type(value)) == (float, int)
+            if good and wanted is span:
+                good = 0 < value < 2**32 or value == 0 and "zero" in limits
+            if not good or value not in limits.get("choices", [value]):
+                raise BadInput(f"{item.name} must be {kind}, {wanted}, not {value!r}")
         if self.prompt and "{question}" not in self.prompt:
             raise BadInput("prompt must hold {question}, where the question goes")
-        for item in fields(self):
-            value, choices, zero = getattr(self, item.name), item.metadata.get("choices"), "zero" in item.metadata
-            if choices and value not in choices:
-                raise BadInput(f"{item.name} is one of {', '.join(choices)}, not {value!r}")
-            if item.type in (int, float) and not (value > 0 or (value == 0 and zero)):
-                raise BadInput(f"{item.name} must be {'at least 0' if zero else 'above 0'}, not {value}")
 
+def train(config: Config, resume: bool = False) -> Path:
+    """All of Search-E1: two stages in turn, with a test after each. Returns the run's folder."""
+    run = Run(config, resume)
+    done = [row["stage"] for row in run.evaluations]
+    try:
+        if "base" not in done:
+            run.test("base")
+        for number in range(1, config.rounds + 1):
+            if f"grpo-{number}" not in done:
+                grpo_stage(run, number)
+                run.test(f"grpo-{number}")
+            if f"ofsd-{number}" not in done and config.ofsd:
+                edge = ofsd_stage(run, number)
+                run.test(f"ofsd-{number}", **edge)
+    except (BadInput, OSError, KeyboardInterrupt) as error:  # no server, no room, Ctrl-C
+        error.add_note(f"train.py --resume {run.folder} goes on from the last checkpoint")
+        raise
+    if run.rank == 0:
+        report(run.folder, run.evaluations)
+    return run.folder
 
-HEAT = 20  # pairs of a stage whose divergence is written down token by token
-BAD_UPDATES = 3  # without a finite gradient, one after the other, end a run
+COLUMNS = """reward zero_var kl clip_frac entropy grad_norm length searches no_answer repeats
+logprob_gap""".split()
 
+def grpo_stage(run: "Run", number: int) -> None:
+    """config.grpo_steps updates of the policy, each on fresh trajectories."""
+    config, stage = run.config, f"grpo-{number}"
+    optimizer = trainable(run.model, config.grpo_lora_rank, config.grpo_lr)
+    saved = run.resume_stage(stage, {"optimizer": optimizer})
+    waiting = saved.get("waiting", [])  # questions whose turn comes, by number
+    columns = " ".join(f"{name:>8}" for name in COLUMNS)
+    print(f"\n{stage}: {config.grpo_steps} steps\n step {columns}  seconds")
+    for step in range(saved.get("step", 0) + 1, config.grpo_steps + 1):
+        # 1. A batch of questions. Each pass over all of them has an order of its own.
+        began = time.time()
+        while len(waiting) < config.questions_per_step:
+            waiting += run.rng.sample(range(len(run.train_set)), len(run.train_set))
+        questions = [run.train_set[i] for i in waiting[: config.questions_per_step]]
+        waiting = waiting[config.questions_per_step :]
+
+        # 2. A group of trajectories for each, and their rewards.
+        trajectories = run.sample(questions, group_size=config.group_size, progress="rollout")
+        rewards = torch.tensor(rewards_of(questions, trajectories)).view(-1, config.group_size)
+        sampled_s = time.time() - began
+
+        # 3. Updates. The learning rate falls to 0 over all rounds. Before the first update sampling
+        #    and training must agree on log-probabilities: a gap in the column logprob_gap is a bug.
+        past = ((number - 1) * config.grpo_steps + step - 1) / (config.rounds * config.grpo_steps)
+        optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - past)
+        given = run.model, run.ref_model, optimizer, trajectories, rewards, config
+        updates = [grpo_step(*given) for _ in range(config.updates)]
+        stats = updates[-1] | {"logprob_gap": updates[0]["logprob_gap"]}
+        stats["grad_norm"] = sum(one["grad_norm"] for one in updates) / config.updates
+
+        # 4. Say how it went, and save it.
+        stats |= batch_stats(trajectories, rewards)
+        row = " ".join(f"{stats[name]:{max(8, len(name))}.3g}" for name in COLUMNS)
+        print(f"{step:5d} {row} {time.time() - began:8.1f}")
+        stats |= {"rollout_s": sampled_s, "step_s": time.time() - began}
+        run.end_step(stage, step, stats, {"optimizer": optimizer}, waiting=waiting)
+    merge_adapters(run.model)
+
+def ofsd_stage(run: "Run", number: int) -> dict:
+    """Mine pairs, and pull the student towards the teacher on them. Returns the teacher's edge."""
+    config, stage = run.config, f"ofsd-{number}"
+    # 1. Pairs, or none if the stage is to be skipped, in batches: a fresh order each epoch.
+    mined = run.saved.get("mined")  # if the run was stopped in this stage
+    if not mined:
+        pairs, edge = mine_stage(run, stage)
+        orders = [run.rng.sample(pairs, len(pairs)) for _ in range(config.ofsd_epochs)]
+        size = config.ofsd_batch
+        batches = [order[i : i + size] for order in orders for i in range(0, len(order), size)]
+        mined = {"batches": batches, "edge": edge}
+        run.checkpoint(stage, 0, mined=mined)
+    if mined["batches"]:
+        # 2. The teacher is the policy as it is now, and reads the prompt that shows the reference.
+        #    Where adapters are trained it is the same model, with them off.
+        optimizer = trainable(run.model, config.lora_rank, config.ofsd_lr)
+        teacher = run.model if config.lora_rank else frozen_copy(run.model)
+        objects = {"optimizer": optimizer, "teacher": teacher}
+        saved = run.resume_stage(stage, objects)
+
+        # 3. One update for each batch of pairs.
+        print(" step        loss   grad_norm")
+        for step in range(saved.get("step", 0), len(mined["batches"])):
+            batch = mined["batches"][step]
+            stats = ofsd_step(run.model, teacher, optimizer, batch, config)
+            print(f"{step + 1:5d} {stats['loss']:11.4g} {stats['grad_norm']:11.4g}")
+            run.end_step(stage, step + 1, stats, objects, mined=mined)
+        merge_adapters(run.model)
+    return mined["edge"]
+
+def mine_stage(run: "Run", stage: str) -> tuple[list[Pair], dict]:
+    """The pairs to distil, none where the stage is to be skipped, and the teacher's edge."""
+    config, began = run.config, time.time()
+    questions = run.rng.sample(run.train_set, len(run.train_set))[: config.ofsd_questions or None]
+    pool = run.sample(questions, group_size=config.group_size, progress="pool")
+    rewards, room = rewards_of(questions, pool), config.max_privileged_tokens
+    pairs, counts = mine_pairs(run.model, run.tokenizer, questions, pool, rewards, room)
+    edge = teacher_edge(run, pairs) if pairs else {"edge": None, "edge_supported": None}
+    skipped = not pairs or not (config.force_ofsd or edge["edge_supported"] > 0)
+    run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
+    for number, pair in enumerate(pairs):  # to look at; the first twenty token by token
+        values = token_divergences(run.model, pair) if number < 20 else []
+        tokens = [decode(run.tokenizer, [token]) for token in pair.student.response_ids]
+        told = {name: run.as_json(getattr(pair, name)) for name in ("reference", "student")}
+        told |= {"rewards": pair.rewards, "divergence": [*zip(tokens, values)]}
+        run.append("trajectories.jsonl", "pair", stage, id=pair.question["id"], **told)
+    why = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "pairs")
+    print(f"\n{stage}: {len(pairs)} pairs of {len(questions)} questions ({why})")
+    if pairs:
+        print(f"teacher's edge {edge['edge']:+.3f} EM, supported {edge['edge_supported']:+.3f}")
+    if skipped:
+        print("no pair to learn from, or no supported edge: this stage is skipped (--force-ofsd)")
+    return ([] if skipped else pairs), edge
+
+# ---------------------------------------------------------------- machinery
 
 class Run:
     """What both stages need at hand: the policy and its tools, and the files of the run."""
 
     def __init__(self, config: Config, resume: bool = False):
         # Everything that can be wrong with the input is found before the folder is made.
-        self.config = config
+        config = replace(config, date=config.date or time.strftime("%Y-%m-%d"))
+        self.config, self.began, url = config, time.time(), config.retriever_url
         self.rank, self.ranks = rank_and_ranks()
-        self.folder = Path(config.out or time.strftime("runs/%Y%m%d-%H%M%S-seed") + str(config.seed))
+        self.folder = Path(config.out or time.strftime(f"runs/%Y%m%d-%H%M%S-seed{config.seed}"))
         if self.folder.exists() and self.rank == 0 and not resume:
             raise BadInput(f"{self.folder} exists already: choose another --out, or remove it")
         test_set = load_questions(config.eval_questions)
         self.train_set = load_mixture(config.questions, test_set)
         self.test_set = test_set[: config.eval_limit or None]
-        self.retriever = RemoteRetriever(config.retriever_url, on_failure=config.on_search_failure) if config.retriever_url else open_index(config.corpus)
+        self.retriever = RemoteRetriever(url) if url else open_index(config.corpus)
         self.retriever.search([self.train_set[0]["question"]], config.k)  # is the server there?
-        self.model, self.tokenizer = load_model(config.model)
-        if not knows_output_layer(self.model):
-            raise BadInput(f"{config.model}: its logits are more than a product with the last hidden state, which training here cannot do")
-        if config.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
-        if config.prompt:  # kept in the tokenizer's files, so that the trained model carries it
+        self.model, self.tokenizer = load_model(config.model, config.date)
+        try:
+            if config.gradient_checkpointing:
+                self.model.activation_checkpointing_enable()
+            trainable(self.model, max(config.lora_rank, config.grpo_lora_rank), lr=0.0)
+            check_training(self.model)
+            merge_adapters(self.model)
+        except Exception as error:  # families of models fail in ways of their own
+            raise BadInput(f"{config.model} cannot be trained like this: {error}") from None
+        if config.prompt:  # kept in the tokenizer's files, so that the trained model brings it
             self.tokenizer.init_kwargs["search_prompt"] = config.prompt
-        set_seed(config.seed)  # Python, numpy and torch; rollouts draw from torch's state
-        if self.rank:  # the others sample differently; what stages draw from rng is the same on all
-            torch.manual_seed(config.seed + 1_000_003 * self.rank)
-        self.rng = random.Random(config.seed)
-        self.start = frozen_copy(self.model)
-        self.evaluations: list[dict] = []
-        self.began = time.time()
-        self.fingerprint = zlib.crc32(repr((self.train_set, self.test_set)).encode(errors="replace"))
-        for parameter in self.model.parameters():
-            self.fingerprint = zlib.crc32(parameter.detach().cpu().numpy(), self.fingerprint)
-        self.saved: dict = {}  # the checkpoint to go on from, until its stage has begun; then only the stage's name
-        self.bad_updates, self.unsaved, self.stopping = 0, False, 0
+        self.ref_model = frozen_copy(self.model)  # pi_ref of GRPO's kl
+        self.rng = random.Random(config.seed)  # gives all that is random, but adapters' fixed start
+        self.evaluations, self.saved = [], {}  # saved: a checkpoint to go on from
+        self.inputs = {  # what must be the same when the run is resumed
+            "the settings": asdict(replace(config, out="")),
+            "the questions": sha256(repr((self.train_set, test_set)).encode()).hexdigest(),
+            "the corpus": getattr(self.retriever, "source", url),
+            "the prompt": chat_ids(self.tokenizer, standard_prompt(self.tokenizer, "?")),
+            "the number of devices": self.ranks,
+        }
         if resume:
             self.restore()
         elif self.rank == 0:
-            try:
-                self.folder.mkdir(parents=True)
-            except OSError as error:
-                raise BadInput(f"cannot make the run's folder: {error}") from None
+            self.folder.mkdir(parents=True)
             (self.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 
-    def log(self, kind: str, stage: str, **metrics) -> None:
-        row = {"kind": kind, "stage": stage, **metrics, "time_s": time.time() - self.began}
-        finite = {name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()}
-        self.append("metrics.jsonl", finite)
-
-    def gather(self, value) -> list:
-        """Every rank's value."""
-        values = [value] * self.ranks
-        if self.ranks > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def append(self, name: str, row: dict) -> None:
-        if self.rank:
-            return
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def sample(self, questions: list[dict], *, prompts: list | None = None, group_size: int = 1, **how) -> list[Trajectory]:
-        """rollout() by this run's settings. Every rank samples its share and gets the whole."""
-        share = slice(self.rank, None, self.ranks)
+    def sample(self, questions: list[dict], *, prompts=None, **how) -> list[Trajectory]:
+        """rollout() by this run's settings. Each device samples its share, and gets the whole."""
         names = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
-        budgets = {name: getattr(self.config, name) for name in names}
-        trajectories = rollout(
-            self.model, self.tokenizer, self.retriever, [q["question"] for q in questions[share]], group_size=group_size,
-            prompts=prompts and prompts[share], batch_size=self.config.rollout_batch, **budgets, **how,
-        )  # fmt: skip
-        parts = self.gather(trajectories)
-        groups = [(i % self.ranks, i // self.ranks * group_size) for i in range(len(questions))]
-        return [t for rank, first in groups for t in parts[rank][first : first + group_size]]
+        how |= {name: getattr(self.config, name) for name in names}
+        how["batch_size"], seed = self.config.rollout_batch, self.rng.randrange(2**32) + self.rank
+        size = math.ceil(len(questions) / self.ranks)
+        share = slice(self.rank * size, (self.rank + 1) * size)
+        asked = [question["question"] for question in questions[share]]
+        how |= {"seed": seed, "prompts": prompts and prompts[share]}
+        found = rollout(self.model, self.tokenizer, self.retriever, asked, **how)
+        return sum(gather(found), [])
 
-    def evaluate(self, stage: str, **edge) -> None:
-        """Test the policy greedily; log it with every answer; save the model."""
+    def test(self, stage: str, **edge) -> None:
+        """Test the policy greedily. Log the result and every answer; save model and checkpoint."""
         trajectories = self.sample(self.test_set, temperature=0.0, progress=f"test {stage}")
-        metrics = score(self.test_set, trajectories) | edge
-        self.log("eval", stage, **metrics)
-        self.evaluations.append({"stage": stage, **metrics, "time_s": time.time() - self.began})
-        for question, trajectory, em in zip(self.test_set, trajectories, rewards_of(self.test_set, trajectories)):
-            self.append("trajectories.jsonl", {"kind": "eval", "stage": stage, "id": question["id"], "em": em}
-                        | self.as_json(trajectory) | {"golden_answers": question["golden_answers"]})  # fmt: skip
+        row = self.log("eval", stage, **score(self.test_set, trajectories), **edge)
+        self.evaluations.append(row)
+        ems = rewards_of(self.test_set, trajectories)
+        for question, t, em in zip(self.test_set, trajectories, ems):
+            told = {"em": em, "golden_answers": question["golden_answers"], **self.as_json(t)}
+            self.append("trajectories.jsonl", "eval", stage, id=question["id"], **told)
         if self.rank == 0:
             save_model(self.model, self.tokenizer, self.folder / "model")
-        print(f"test, {stage}: EM {metrics['em']:.3f}, {metrics['searches']:.2f} searches, "
-              f"{metrics['answered']:.3f} answered, {(time.time() - self.began) / 60:.1f} min")  # fmt: skip
+        self.checkpoint("", 0)  # last: if it is killed before, the test and model/ are made again
+        print(f"test, {stage}: EM {row['em']:.3f}, {row['searches']:.2f} searches, "
+              f"{row['answered']:.3f} answered, {row['time_s'] / 60:.1f} min")  # fmt: skip
+
+    def end_step(self, stage: str, step: int, stats: dict, objects: dict, **more) -> None:
+        """Log a step, and save it where that is due."""
+        no_update = not math.isfinite(stats["grad_norm"])  # one was skipped
+        self.log("step", stage, step=step, **stats, no_update=no_update)
+        if step % self.config.save_every == 0:
+            self.checkpoint(stage, step, objects, **more)
+
+    def log(self, kind: str, stage: str, **metrics) -> dict:
+        """Add a line to metrics.jsonl, and return it."""
+        return self.append("metrics.jsonl", kind, stage, **metrics, time_s=time.time() - self.began)
+
+    def append(self, name: str, kind: str, stage: str, **row) -> dict:
+        """Add a line to a log, and return it. JSON knows no NaN: one that stands alone is null."""
+        row = {"kind": kind, "stage": stage, **row}
+        bad = [key for key, x in row.items() if isinstance(x, float) and not math.isfinite(x)]
+        if self.rank == 0:
+            with open(self.folder / name, "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(json.dumps(row | dict.fromkeys(bad), ensure_ascii=False) + "\n")
+        return row
 
     def as_json(self, trajectory: Trajectory) -> dict:
-        """text: [[who, text], ...], who is 1 for the policy and 0 for the environment."""
+        """text: [[who, text], ...], where who is 1 for the policy and 0 for the environment."""
         text = [[int(sampled), decode(self.tokenizer, ids)] for sampled, ids in spans(trajectory)]
         names = "question", "answer", "queries", "finish_reason"
         return {name: getattr(trajectory, name) for name in names} | {"text": text}
 
-    def checkpoint(self, stage: str, step: int, **more) -> None:
-        """Save that so many steps of a stage are done; more: what this stage wants back. Nothing draws
-        from numpy's or Python's global random states, so they are not in it."""
+    def checkpoint(self, stage: str, step: int, objects: dict = {}, **more) -> None:
+        """Save, as a whole or not at all, that `step` steps are done; ("", 0): between stages."""
+        if self.rank:
+            return
         state = {
-            "stage": stage, "step": step, **more, "fingerprint": self.fingerprint, "model": self.model.state_dict(),
-            "rng": self.rng.getstate(), "torch": self.gather(random_states()), "bad_updates": self.bad_updates,
-            "evaluations": self.evaluations, "time_s": time.time() - self.began,
+            "stage": stage, "step": step, "model": self.model.state_dict(), **more,
+            **{name: value.state_dict() for name, value in objects.items()},
+            "rng": self.rng.getstate(), "inputs": self.inputs, "evaluations": self.evaluations,
             "sizes": {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")},
+            "time_s": time.time() - self.began,
         }  # fmt: skip
-        if self.rank == 0:
-            save_checkpoint(self.folder / "checkpoints", state)
-        self.saved, self.unsaved = {"stage": stage}, False
-
-    def restore(self) -> None:
-        """Policy, random states, and the logs as long as they were at the last whole checkpoint."""
-        saved = self.saved = load_checkpoint(self.folder / "checkpoints")
-        if saved is None:
-            raise BadInput(f"{self.folder} holds no whole checkpoint to resume from")
-        if saved["fingerprint"] != self.fingerprint or len(saved["torch"]) != self.ranks:
-            raise BadInput(f"{self.folder}: the model, the questions or the number of processes is another than when it began")
-        self.evaluations, self.bad_updates = saved["evaluations"], saved["bad_updates"]
-        self.began -= saved["time_s"]
-        self.model.load_state_dict(saved["model"])
-        self.rng.setstate(saved["rng"])
-        set_random_states(saved["torch"][self.rank])
-        for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():
-            os.truncate(path, saved["sizes"].get(path.name, 0))
-
-    def restore_stage(self, optimizer, teacher=None) -> dict:
-        """What this stage saved after a step, once all is put back; {} where the stage begins."""
-        saved, self.saved = self.saved, {}
-        if not saved.get("step"):
-            return {}
-        optimizer.load_state_dict(saved["optimizer"])
-        for parameter, value in zip(optimizer.param_groups[0]["params"], saved.get("adapters", [])):
-            parameter.data.copy_(value)
-        if "teacher" in saved:
-            teacher.load_state_dict(saved["teacher"])
-        set_random_states(saved["torch"][self.rank])  # adapters have drawn from it
-        return saved
-
-    def stop(self, number: int, _frame=None) -> None:
-        """A signal's handler."""
-        if self.stopping or not self.unsaved:
-            raise Stopped(number)
-        self.stopping = number
-        print("finishing this step, then saving (once more: stop at once)", file=sys.stderr)
-
-    def end_step(self, stage: str, step: int, steps: int, stats: dict, **saved) -> None:
-        """Log a step; save it where that is due, it is the last, or a signal came."""
-        no_update = not math.isfinite(stats["grad_norm"])
-        self.bad_updates = self.bad_updates + 1 if no_update else 0
-        self.log("step", stage, step=step, **stats, no_update=no_update)
-        if self.bad_updates == BAD_UPDATES:
-            raise BadInput(f"{stage}, step {step}: the {BAD_UPDATES} last updates had no finite gradient and were skipped. "
-                           f"The checkpoint before them is whole; a lower learning rate may help")  # fmt: skip
-        stopping = max(self.gather(self.stopping))  # a signal reaches the ranks at different times
-        if stopping or step == steps or step % self.config.save_every == 0:
-            self.checkpoint(stage, step, **saved)
-        if stopping:
-            raise Stopped(stopping)
-
-
-class Stopped(Exception):
-    """By a signal, whose number it carries."""
-
-
-def random_states() -> list[torch.Tensor]:
-    """torch's, of the CPU and of every GPU."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
-
-
-def set_random_states(states: list[torch.Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states[1:])
-
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """One file, NUMBER-CHECKSUM.pt: flushed and then renamed, so it is there as a whole or not at
-    all. The last two are kept. Raises OSError where it cannot be written."""
-    folder.mkdir(exist_ok=True)
-    old, new = sorted(folder.glob("*.pt")), folder / "new"
-    try:
+        new = self.folder / "checkpoints/new.pt"
+        new.parent.mkdir(exist_ok=True)
         with open(new, "wb") as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch hides what the file said
+                raise OSError(str(error.__context__ or error)) from None
             file.flush()
             os.fsync(file.fileno())
-        number = int(old[-1].name[:6]) + 1 if old else 1
-        os.replace(new, folder / f"{number:06d}-{checksum(new):08x}.pt")
-    except (OSError, RuntimeError) as error:  # torch's own complaint hides what the file said
-        new.unlink(missing_ok=True)
-        raise OSError(f"cannot write a checkpoint to {folder}: {error.__context__ or error}") from None
-    for path in old[:-1]:
-        path.unlink()
+        new.replace(new.with_name("last.pt"))
 
+    def restore(self) -> None:
+        """Go back to the last checkpoint: the policy, the random state, the length of the logs.
+        A run that was stopped before its first one begins at the beginning."""
+        path, saved = self.folder / "checkpoints/last.pt", {"sizes": {}}
+        if path.exists():
+            try:  # weights_only: a file of somebody else's holds numbers and text, but no code
+                with torch.serialization.safe_globals([Pair, Trajectory, Passage]):
+                    saved = self.saved = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch raises many kinds for what it cannot read
+                raise BadInput(f"{path} is no whole checkpoint: {error}") from None
+            for name, value in self.inputs.items():
+                if saved.get("inputs", {}).get(name) != value:
+                    raise BadInput(f"{self.folder}: {name} changed since this run began")
+            self.evaluations = saved["evaluations"]
+            self.began -= saved["time_s"]
+            self.rng.setstate(saved["rng"])
+            if not saved["step"]:  # else resume_stage does it, when it has added adapters
+                self.model.load_state_dict(saved["model"])
+        for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():
+            os.truncate(path, min(path.stat().st_size, saved["sizes"].get(path.name, 0)))
 
-def load_checkpoint(folder: Path) -> dict | None:
-    """The last one that is whole; one that is not is put aside, and said so. weights_only: a
-    file of someone else's can hold numbers and text, but no code."""
-    for path in sorted(folder.glob("*.pt"), reverse=True):
-        try:
-            if path.stem.endswith(f"{checksum(path):08x}"):
-                return torch.load(path, map_location="cpu", weights_only=True)
-            error = "it is cut off or changed"
-        except Exception as caught:  # whatever a file that is no checkpoint makes torch raise
-            error = " ".join(str(caught).split())[:200]
-        print(f"{path} is left out: {error}", file=sys.stderr)
-        if path.exists():  # of several processes the first does it
-            path.replace(path.with_suffix(".damaged"))
-    return None
+    def resume_stage(self, stage: str, objects: dict) -> dict:
+        """Put back the objects, and the policy, as they were saved in this stage. Returns all that
+        was saved, or {} where the stage begins."""
+        saved, self.saved = self.saved, {}
+        if saved.get("stage") != stage:
+            return {}
+        for name, value in {"model": self.model, **objects}.items() if saved["step"] else ():
+            value.load_state_dict(saved[name])
+        return saved
 
-
-def training_state(optimizer, adapters: Adapters | None, teacher=None) -> dict:
-    """What a checkpoint inside a stage holds beside the policy."""
-    state = {"optimizer": optimizer.state_dict()}
-    if adapters:
-        return state | {"adapters": [parameter.data for parameter in adapters.parameters()]}
-    return state | {"teacher": teacher.state_dict()} if teacher else state
-
-
-def trainable(model, lora_rank: int) -> tuple[Adapters | None, list]:
-    """Adapters, if a rank is given, and the parameters that a stage trains."""
-    adapters = Adapters(model, lora_rank) if lora_rank else None
-    parameters = list((adapters or model).parameters())
-    same_on_all_ranks(parameters)  # adapters begin with random numbers
-    return adapters, parameters
-
-
-# ---------------------------------------------------------------- GRPO
-
-
-COLUMNS = "reward zero_var kl clip_frac entropy grad_norm length searches no_answer repeats logprob_gap".split()
-
-
-def grpo_stage(run: Run, stage: str, number: int) -> None:
-    """Stage grpo-<number>; number counts the rounds from 1."""
-    config = run.config
-    adapters, trained = trainable(run.model, config.grpo_lora_rank)
-    optimizer = torch.optim.AdamW(trained, lr=config.grpo_lr, weight_decay=0.0)
-    print(f"\n{stage}: {config.grpo_steps} steps\n step " + " ".join(f"{name:>8}" for name in COLUMNS) + "  seconds")
-    saved = run.restore_stage(optimizer)
-    waiting: list[int] = saved.get("waiting", [])  # each pass over the questions is a fresh shuffle
-    for step in range(saved.get("step", 0) + 1, config.grpo_steps + 1):
-        run.unsaved, began = True, time.time()
-        done = (number - 1) * config.grpo_steps + step - 1
-        optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - done / (config.rounds * config.grpo_steps))
-        while len(waiting) < config.questions_per_step:
-            waiting += run.rng.sample(range(len(run.train_set)), len(run.train_set))
-        questions = [run.train_set[i] for i in waiting[: config.questions_per_step]]
-        waiting = waiting[config.questions_per_step :]
-        trajectories = run.sample(questions, group_size=config.group_size, progress="rollout")
-        rewards = torch.tensor(rewards_of(questions, trajectories)).view(-1, config.group_size)  # (Q, G)
-        sampled_s = time.time() - began
-        stats = grpo_step(run.model, run.start, optimizer, trajectories, rewards, config)
-        stats |= batch_stats(trajectories, rewards) | {"rollout_s": sampled_s, "step_s": time.time() - began}
-        values = " ".join(f"{stats[name]:{max(8, len(name))}.3g}" for name in COLUMNS)
-        print(f"{step:5d} {values} {time.time() - began:8.1f}")
-        run.end_step(stage, step, config.grpo_steps, stats, waiting=waiting, **training_state(optimizer, adapters))
-    if adapters:
-        adapters.merge()
-
-
-# ---------------------------------------------------------------- OFSD
-
-
-def teacher_edge(run: Run, pairs: list[tuple]) -> dict:
-    """On fresh samples for the mined questions: EM under the privileged prompt minus EM under
-    the standard one, and the same counting only answers a retrieved passage supports."""
-    questions = [question for question, *_ in pairs]
-    with_reference = score(questions, run.sample(questions, prompts=[prompt for *_, prompt in pairs], progress="teacher"))
-    without = score(questions, run.sample(questions, progress="student"))
-    return {
-        "edge": with_reference["em"] - without["em"],
-        "edge_supported": with_reference["em_supported"] - without["em_supported"],
-        "teacher_em": with_reference["em"],
-        "student_em": without["em"],
-    }
-
-
-def mine_stage(run: Run, stage: str) -> tuple[list[tuple], dict]:
-    """The pairs to distil, none where the stage is to be skipped, and the teacher's edge."""
-    config = run.config
-    began = time.time()
-    questions = run.rng.sample(run.train_set, min(config.ofsd_questions or len(run.train_set), len(run.train_set)))
-    pool = run.sample(questions, group_size=config.group_size, progress="pool")
-    rewards = rewards_of(questions, pool)
-    pairs, counts = mine_pairs(run.model, run.tokenizer, questions, pool, rewards, config.max_privileged_tokens)
-    edge = teacher_edge(run, pairs) if pairs else {"edge": None, "edge_supported": None}
-    skipped = not pairs or (edge["edge_supported"] <= 0 and not config.force_ofsd)
-    run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
-    groups = {id(question): rewards[i * config.group_size : (i + 1) * config.group_size] for i, question in enumerate(questions)}
-    for number, (question, reference, student, prompt) in enumerate(pairs):
-        heat = token_divergences(run.model, student, prompt) if number < HEAT else []
-        run.append("trajectories.jsonl", {
-            "kind": "pair", "stage": stage, "id": question["id"], "rewards": groups[id(question)],
-            "reference": run.as_json(reference), "student": run.as_json(student),
-            "divergence": [[decode(run.tokenizer, [token]), value and round(value, 4)] for token, value in heat],
-        })  # fmt: skip
-    print(f"\n{stage}: {counts['pairs']} pairs of {len(questions)} questions ({counts['no_correct']} without a correct "
-          f"trajectory, {counts['no_contrast']} without contrast, {counts['too_long']} too long)")  # fmt: skip
-    if not pairs:
-        print("no pair to learn from: this stage is skipped")
-        return [], edge
-    print(f"teacher's edge {edge['edge']:+.3f} EM, supported {edge['edge_supported']:+.3f}")
-    if skipped:
-        print("the teacher has no supported edge over the student: this stage is skipped (--force-ofsd runs it)")
-        return [], edge
-    return pairs, edge
-
-
-def ofsd_stage(run: Run, stage: str) -> dict:
-    """Returns the teacher's edge, for the table."""
-    config = run.config
-    mined = {name: run.saved[name] for name in ("pairs", "batches", "edge") if name in run.saved}
-    if not mined:
-        pairs, edge = mine_stage(run, stage)
-        shuffled = [run.rng.sample(range(len(pairs)), len(pairs)) for _ in range(config.ofsd_epochs)]
-        batches = [order[i : i + config.ofsd_batch] for order in shuffled for i in range(0, len(order), config.ofsd_batch)]
-        ids = [(student.prompt_ids, student.response_ids, student.loss_mask, prompt) for _, _, student, prompt in pairs]
-        mined = dict(pairs=ids, batches=batches, edge=edge)
-        run.checkpoint(stage, 0, **mined)
-    pairs = [(Trajectory("", *ids), prompt) for *ids, prompt in mined["pairs"]]
-    batches = mined["batches"]
-    if not batches:
-        return mined["edge"]
-    adapters, trained = trainable(run.model, config.lora_rank)
-    teacher = run.model if adapters else frozen_copy(run.model)
-    optimizer = torch.optim.AdamW(trained, lr=config.ofsd_lr, weight_decay=0.0)
-    first = run.restore_stage(optimizer, teacher).get("step", 0)
-    print(" step        loss   grad_norm")
-    for step in tqdm(range(first + 1, len(batches) + 1), desc="distillation", disable=None, leave=False):
-        run.unsaved = True
-        stats = ofsd_step(run.model, teacher, optimizer, [pairs[i] for i in batches[step - 1]], config, adapters)
-        tqdm.write(f"{step:5d} {stats['loss']:11.4g} {stats['grad_norm']:11.4g}")
-        run.end_step(stage, step, len(batches), stats, **mined, **training_state(optimizer, adapters, teacher))
-    if adapters:
-        adapters.merge()
-    return mined["edge"]
-
-
-# ---------------------------------------------------------------- the loop
-
-
-def train(config: Config) -> Path:
-    """The whole of Search-E1; returns the run's folder."""
-    return loop(Run(config))
-
-
-def loop(run: Run) -> Path:
-    """From where the run stands to its end."""
-    stages = ["base", *(f"{kind}-{n}" for n in range(1, run.config.rounds + 1) for kind in ("grpo", "ofsd")), "end"]
+def read_settings(path) -> Config:
+    """From a JSON file. BadInput is raised for another file, and for a setting unknown here."""
     try:
-        if not run.saved:
-            run.checkpoint("base", 0)
-        for stage, following in pairwise(stages[stages.index(run.saved["stage"]) :]):
-            kind, _, number = stage.partition("-")
-            if kind == "grpo":
-                grpo_stage(run, stage, int(number))
-            edge = ofsd_stage(run, stage) if kind == "ofsd" else {}
-            run.evaluate(stage, **edge)
-            run.checkpoint(following, 0)
-    except (OSError, SearchFailed) as error:  # a full disk, say
-        raise BadInput(f"{error}. The last checkpoint is whole: train.py --resume {run.folder} goes on from there") from None
-    if run.rank == 0:
-        report(run.folder, run.evaluations)
-    return run.folder
+        return Config(**json.loads(Path(path).read_text(encoding="utf-8-sig")))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: {error}") from None
 
-
-def parse_config() -> tuple[Config, bool]:
+def parse_flags() -> tuple[Config, bool]:
     """The settings, and whether they are those of a run that goes on."""
     parser = Parser(description="Search-E1: GRPO and offline self-distillation in turn.")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--config", metavar="FILE", help="settings in JSON; flags win over them")
+    start.add_argument("--resume", metavar="FOLDER", help="go on with this run, by its settings")
     for item in fields(Config):
-        flag = "--" + item.name.replace("_", "-")
+        how = {"action": BooleanOptionalAction} if item.type is bool else {"type": item.type}
         text = f"{item.metadata['help']} (default: {item.default!r})".replace("%", "%%")
-        if item.type is bool:
-            parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            parser.add_argument(flag, type=item.type, default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--resume", metavar="FOLDER", default=argparse.SUPPRESS, help="go on with this run, by its own settings")
+        flag = "--" + item.name.replace("_", "-")
+        parser.add_argument(flag, default=SUPPRESS, help=text, **how)
     given = vars(parser.parse_args())
-    folder = given.pop("resume", None)
+    file, folder = given.pop("config"), given.pop("resume")
     if folder is None:
-        return Config(**given), False
-    try:
-        config = replace(Config(**json.loads((Path(folder) / "config.json").read_text())), out=folder)
-    except (OSError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder} holds no run to resume ({error})") from None
-    for name, value in given.items():
-        if value != getattr(config, name):
-            raise BadInput(f"--{name.replace('_', '-')} {value}: the run has {getattr(config, name)!r}, and is resumed as it is")
+        return replace(Config() if file is None else read_settings(file), **given), False
+    config = replace(read_settings(f"{folder}/config.json"), out=folder)
+    for name in [name for name in given if given[name] != getattr(config, name)]:
+        raise BadInput(f"{folder} has {name} {getattr(config, name)!r}, and is resumed as it is")
     return config, True
 
-
 def main() -> None:
-    config, resume = parse_config()
+    config, resume = parse_flags()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
     if "LOCAL_RANK" in os.environ:  # one of torchrun's processes: rank 0 speaks and writes
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
-    run = Run(config, resume)
-    signal.signal(signal.SIGINT, run.stop)
-    signal.signal(signal.SIGTERM, run.stop)
-    try:
-        loop(run)
-    except Stopped as stopped:
-        print(f"stopped: train.py --resume {run.folder} goes on from here", file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
+    train(config, resume)
 
 if __name__ == "__main__":
     run_script(main)

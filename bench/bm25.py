@@ -33,9 +33,14 @@ import numpy as np  # noqa: E402
 
 from bench.memory import resident  # noqa: E402
 from eval import load_questions  # noqa: E402
-from retriever import BM25, read_corpus, words  # noqa: E402
+from retriever import BM25, read_jsonl, to_passage, words  # noqa: E402
 
 K1, B, K = 0.9, 0.4, 3
+
+
+def read_corpus(path):
+    """Its passages, one after another."""
+    return read_jsonl(path, to_passage)
 
 
 def build_ours(passages):
@@ -60,8 +65,9 @@ def build_rank(passages):
     return BM25Okapi([words(f"{p.title} {p.text}") for p in passages], k1=K1, b=B)
 
 
-def folder_bytes(folder, without: str = " ") -> int:
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(without))
+def folder_bytes(folder, without: str = "") -> int:
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in files if path.name != without)
 
 
 def measure(build, corpus: str, count: int) -> dict:
@@ -74,7 +80,8 @@ def measure(build, corpus: str, count: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(index, "save"):
             index.save(folder)
-            result["folder"], result["index"] = folder_bytes(folder), folder_bytes(folder, "texts-")
+            result["folder"] = folder_bytes(folder)
+            result["index"] = folder_bytes(folder, without="texts.npy")
     return result | {"peak": resident("VmHWM") - before}
 
 
@@ -82,14 +89,18 @@ def building(args, ways: dict) -> None:
     count = sum(1 for _ in read_corpus(args.corpus))
     postings = sum(len({*words(f"{p.title} {p.text}")}) for p in read_corpus(args.corpus))
     print(f"{count} passages, {postings} postings (pairs of passage and word)")
-    print(f"\n{'build':16}{'passages':>10}{'seconds':>9}{'peak MB':>9}{'saved MB':>10}{'peak/saved':>12}{'bytes a posting':>17}")
+    head = f"\n{'build':16}{'passages':>10}{'seconds':>9}{'peak MB':>9}{'saved MB':>10}"
+    print(head + f"{'peak/saved':>12}{'bytes a posting':>17}")
     for part in (4, 2, 1):
         for name, build in ways.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 got = pool.submit(measure, build, args.corpus, count // part).result()
-            saved = f"{got['folder'] / 1e6:10.0f}{got['peak'] / got['folder']:12.2f}" if got["folder"] else " " * 22
-            rate = f"{got['index'] / postings:17.1f}" if part == 1 and got["index"] else ""
-            print(f"{name:16}{count // part:10}{got['seconds']:9.2f}{got['peak'] / 1e6:9.0f}{saved}{rate}", flush=True)
+            line = f"{name:16}{count // part:10}{got['seconds']:9.2f}{got['peak'] / 1e6:9.0f}"
+            if got["folder"]:
+                line += f"{got['folder'] / 1e6:10.0f}{got['peak'] / got['folder']:12.2f}"
+            if got["index"] and part == 1:
+                line += f"{got['index'] / postings:17.1f}"
+            print(line, flush=True)
 
 
 def equality(ours: BM25, peer, questions: list[str]) -> None:
@@ -101,8 +112,10 @@ def equality(ours: BM25, peer, questions: list[str]) -> None:
         best = np.sort(expected[expected > 0])[::-1][:K]
         found = ours.search([question], K)[0]
         # Up to ties: at each rank a passage whose score there is that rank's.
-        different += len(found) != len(best) or not np.allclose([p.score for p in found], best, atol=1e-4, rtol=0)
-    print(f"\n{len(questions)} questions: largest difference of a score to bm25s {worst:.1e}, rankings that differ beyond ties {different}")
+        got = [passage.score for passage in found]
+        different += len(got) != len(best) or not np.allclose(got, best, atol=1e-4, rtol=0)
+    print(f"\n{len(questions)} questions: largest difference of a score to bm25s {worst:.1e}, "
+          f"rankings that differ beyond ties {different}")  # fmt: skip
 
 
 def querying(args, ways: dict) -> None:
@@ -118,7 +131,8 @@ def querying(args, ways: dict) -> None:
             for question in batch:
                 index[name].get_top_n(words(question), range(index["ours"].size), n=K)
         else:
-            index[name].retrieve([words(question) for question in batch], k=K, show_progress=False, n_threads=0)
+            split = [words(question) for question in batch]
+            index[name].retrieve(split, k=K, show_progress=False, n_threads=0)
 
     def rate(name: str, size: int) -> float:
         asked = questions[: args.few] if name == "rank_bm25" else questions
@@ -133,13 +147,15 @@ def querying(args, ways: dict) -> None:
     for _ in range(args.repeats):
         for name, size in rates:
             rates[name, size].append(rate(name, size))
-    print(f"\n{'queries a second':16}{'one by one':>12}{'range':>15}{'batches of 64':>15}{'range':>15}{'ours is faster by':>20}")
+    head = f"\n{'queries a second':16}{'one by one':>12}{'range':>15}"
+    print(head + f"{'batches of 64':>15}{'range':>15}{'ours is faster by':>20}")
     for name in ways:
         line = f"{name:16}"
         for size, width in ((1, 12), (64, 15)):
             got = rates[name, size]
             line += f"{median(got):{width}.0f}{f'{min(got):.0f}-{max(got):.0f}':>15}"
-        ratios = [median(rates["ours", size]) / median(rates[name, size]) for size in (1, 64)]
+        ours = {size: median(rates["ours", size]) for size in (1, 64)}
+        ratios = [ours[size] / median(rates[name, size]) for size in (1, 64)]
         print(f"{line}{ratios[0]:13.2f}, {ratios[1]:.2f}")
 
 
@@ -152,8 +168,10 @@ def main() -> None:
     args = parser.parse_args()
     ways = {"ours": build_ours}
     for name, module, build in (
-        ("bm25s numpy", "bm25s", build_bm25s), ("bm25s numba", "numba", build_numba), ("rank_bm25", "rank_bm25", build_rank),
-    ):  # fmt: skip
+        ("bm25s numpy", "bm25s", build_bm25s),
+        ("bm25s numba", "numba", build_numba),
+        ("rank_bm25", "rank_bm25", build_rank),
+    ):
         try:
             __import__(module)
             ways[name] = build

@@ -1,7 +1,7 @@
 """Peak memory and time of the losses at a vocabulary of 151,936: plain, in chunks, and TRL's.
 
-    python bench/losses.py                       # 500 and 1,000 positions; some three minutes on 2 cores, 6 GB
-    python bench/losses.py --positions 250       # smaller
+    python bench/losses.py                  # 500 and 1,000 positions; 3 minutes on 2 cores, 6 GB
+    python bench/losses.py --positions 250  # smaller
 
 A hidden state of width --hidden stands for the model; the output layer is a real one. Each row
 is a process of its own: forward and backward of (1) GRPO's log-probabilities, with the entropies
@@ -37,7 +37,8 @@ def model(head):
     """What backward_in_chunks needs of a model."""
     config = SimpleNamespace(vocab_size=head.out_features)
     config.get_text_config = lambda: config
-    return SimpleNamespace(config=config, get_output_embeddings=lambda: head)
+    device = head.weight.device
+    return SimpleNamespace(config=config, device=device, get_output_embeddings=lambda: head)
 
 
 def grpo_plain(head, hidden, teacher_hidden, ids):
@@ -49,7 +50,7 @@ def grpo_plain(head, hidden, teacher_hidden, ids):
 def grpo_chunks(head, hidden, teacher_hidden, ids):
     def loss(logits, ids_):
         token_entropies(logits).sum()
-        return token_logprobs(logits, ids_).sum() / len(ids)
+        return token_logprobs(logits, ids_).sum() / len(ids), {}
 
     backward_in_chunks(model(head), loss, hidden, ids)
 
@@ -73,7 +74,7 @@ def ofsd_chunks(head, hidden, teacher_hidden, ids):
     def loss(logits, teacher_hidden):
         with torch.no_grad():
             teacher = head(teacher_hidden)  # (n, V)
-        return divergences(logits, teacher).sum() / len(ids)
+        return divergences(logits, teacher).sum() / len(ids), {}
 
     backward_in_chunks(model(head), loss, hidden, teacher_hidden)
 
@@ -83,19 +84,23 @@ def ofsd_trl(head, hidden, teacher_hidden, ids):
 
     with torch.no_grad():
         teacher = head(teacher_hidden)
-    compute_full_logit_self_distillation_loss(head(hidden), teacher, distillation_alpha=0.0).mean().backward()
+    student = head(hidden)
+    loss = compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=0.0)
+    loss.mean().backward()
 
 
 def ofsd_trl_chunks(head, hidden, teacher_hidden, ids):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    mask = torch.ones(1, len(ids))
-    _chunked_divergence_loss(hidden[None], teacher_hidden[None], head.weight, head.weight.detach(), mask, beta=0.0)[0].backward()
+    states, weights = (hidden[None], teacher_hidden[None]), (head.weight, head.weight.detach())
+    loss = _chunked_divergence_loss(*states, *weights, torch.ones(1, len(ids)), beta=0.0)[0]
+    loss.backward()
 
 
 WAYS = {
     "GRPO plain": grpo_plain, "GRPO chunks": grpo_chunks, "GRPO TRL": grpo_trl,
-    "OFSD plain": ofsd_plain, "OFSD chunks": ofsd_chunks, "OFSD TRL": ofsd_trl, "OFSD TRL chunks": ofsd_trl_chunks,
+    "OFSD plain": ofsd_plain, "OFSD chunks": ofsd_chunks, "OFSD TRL": ofsd_trl,
+    "OFSD TRL chunks": ofsd_trl_chunks,
 }  # fmt: skip
 
 
@@ -106,7 +111,8 @@ def measure(name: str, positions: int, width: int, repeats: int) -> dict:
     def inputs(vocabulary, positions):
         head = torch.nn.Linear(width, vocabulary, bias=False)
         hidden = torch.randn(positions, width, requires_grad=True)
-        return head, hidden, hidden.detach() + 0.3 * torch.randn(positions, width), torch.randint(vocabulary, (positions,))
+        teacher_hidden = hidden.detach() + 0.3 * torch.randn(positions, width)
+        return head, hidden, teacher_hidden, torch.randint(vocabulary, (positions,))
 
     WAYS[name](*inputs(1000, 4))  # imports and thread pools are not the loss's
     head, hidden, teacher_hidden, ids = inputs(VOCABULARY, positions)
@@ -126,8 +132,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    print(f"vocabulary {VOCABULARY}, hidden width {args.hidden}, float32, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"\n{'':18}{'positions':>10}{'peak MB':>9}{'of plain':>10}{'seconds':>9}{'of plain':>10}{'gradients of states and layer':>32}")
+    print(f"vocabulary {VOCABULARY}, hidden width {args.hidden}, float32, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print(f"\n{'':18}{'positions':>10}{'peak MB':>9}{'of plain':>10}{'seconds':>9}{'of plain':>10}"
+          f"{'gradients of states and layer':>32}")  # fmt: skip
     for positions in args.positions:
         for name in WAYS:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -137,8 +145,11 @@ def main() -> None:
                     print(f"{name:18} is skipped: {error}")
                     continue
             plain = got if name.endswith("plain") else plain
-            print(f"{name:18}{positions:10}{got['peak'] / 1e6:9.0f}{got['peak'] / plain['peak']:10.2f}{got['seconds']:9.2f}"
-                  f"{got['seconds'] / plain['seconds']:10.2f}{got['norms'][0]:18.5e}{got['norms'][1]:14.5e}", flush=True)  # fmt: skip
+            share = {key: got[key] / plain[key] for key in ("peak", "seconds")}
+            states, layer = got["norms"]
+            print(f"{name:18}{positions:10}{got['peak'] / 1e6:9.0f}{share['peak']:10.2f}"
+                  f"{got['seconds']:9.2f}{share['seconds']:10.2f}{states:18.5e}{layer:14.5e}",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

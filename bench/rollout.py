@@ -1,13 +1,14 @@
 """How fast are rollouts? Four ways side by side, on the same model, questions and token counts.
 
-    python bench/rollout.py                        # micro/model, 16 questions x 5; some two minutes on 2 cores
+    python bench/rollout.py      # micro/model, 16 questions x 5; some two minutes on 2 cores
     python bench/rollout.py --model path/to/SmolLM2-135M-Instruct --corpus passages.jsonl.gz \
-        --questions questions.jsonl.gz --num-questions 8 --group-size 4 --scripted --repeats 1 --ways abc
+        --questions questions.jsonl.gz --num-questions 8 --group-size 4 --scripted --repeats 1 \
+        --ways abc
 
     (a) ours        rollout(): one cache through all turns, an observation is one chunk
     (b) re-encode   the common way: model.generate on the whole transcript, encoded anew each turn
     (c) one token   model.generate with one cache, but an observation fed a token a step
-    (d) TRL         one whole GRPO step of TRL's GRPOTrainer against one of ours (where trl is installed)
+    (d) TRL         one whole GRPO step of TRL's GRPOTrainer against one of ours, if trl is there
 
 (a) samples; (b) and (c) then replay its trajectories: a logits processor forces each token, so
 all three run the same number of tokens. That spares (b) and (c) what (a) does pay for: looking
@@ -40,7 +41,10 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, set_seed  # noqa
 from eval import load_questions  # noqa: E402
 from grpo import frozen_copy, grpo_step  # noqa: E402
 from retriever import open_index  # noqa: E402
-from rollout import RowCache, chat_ids, decode, encode, load_model, observation_ids, rollout, spans, standard_prompt  # noqa: E402
+from rollout import (  # noqa: E402
+    RowCache, chat_ids, decode, encode, load_model, observation_ids, rollout, spans,
+    standard_prompt,
+)  # fmt: skip
 from train import Config  # noqa: E402
 
 
@@ -49,22 +53,21 @@ class Scripted:
     cache keeps the token ids, so that a row is known by its prompt wherever it is swapped to."""
 
     def __init__(self, model, script: dict[tuple, list[int]]):
-        self.model, self.script = model, script
-        self.device, self.dtype, self.generation_config = model.device, model.dtype, model.generation_config
-        self.config = copy.copy(model.config)
-        self.config.num_hidden_layers += 1
-        self.config.get_text_config = lambda: self.config
-        self.forward = model.forward  # for its signature
+        self.model, self.script, self.config = model, script, model.config
+        self.device, self.dtype = model.device, model.dtype
+        self.generation_config = model.generation_config
 
     def __call__(self, input_ids, position_ids, past_key_values, **kwargs):
-        output = self.model(input_ids=input_ids, position_ids=position_ids, past_key_values=past_key_values, **kwargs)
+        kwargs |= dict(position_ids=position_ids, past_key_values=past_key_values)
+        output = self.model(input_ids=input_ids, **kwargs)
         kept = input_ids[:, None, :, None].double()  # (n, 1 head, S, width 1)
-        history, _ = past_key_values.update(kept, kept, self.model.config.num_hidden_layers)
+        history, _ = past_key_values.update(kept, kept, self.config.num_hidden_layers)
         for row in range(len(input_ids)):
             ids = history[row, 0, : int(position_ids[row, -1]) + 1, 0].long().tolist()
             prompt = next((p for p in self.script if tuple(ids[: len(p)]) == p), None)
-            if prompt is not None and len(ids) - len(prompt) < len(self.script[prompt]):
-                output.logits[row, -1, self.script[prompt][len(ids) - len(prompt)]] = 1e4
+            said = len(ids) - len(prompt or ())
+            if prompt is not None and said < len(self.script[prompt]):
+                output.logits[row, -1, self.script[prompt][said]] = 1e4
         return output
 
 
@@ -99,12 +102,14 @@ class Force(LogitsProcessor):
 
 def generate(model, tokenizer, texts: list[str], tokens: list[list[int]]) -> list[list[int]]:
     """model.generate on these texts, left-padded, until row i has said tokens[i]."""
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    how = dict(padding=True, padding_side="left", add_special_tokens=False)
+    batch = tokenizer(texts, return_tensors="pt", **how).to(model.device)
     width = batch["input_ids"].shape[1]
     with torch.no_grad():
         out = model.generate(
-            input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(map(len, tokens)),
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            max_new_tokens=max(map(len, tokens)),
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
             logits_processor=[Force(tokens, width, tokenizer.eos_token_id)],
         )  # fmt: skip
@@ -116,7 +121,8 @@ def re_encode(model, tokenizer, index, record) -> None:
     turns = [[ids for sampled, ids in spans(row) if sampled] for row in record]
     number, going = 0, list(range(len(record)))
     while going:
-        said = generate(model, tokenizer, [texts[i] for i in going], [turns[i][number] for i in going])
+        tokens = [turns[i][number] for i in going]
+        said = generate(model, tokenizer, [texts[i] for i in going], tokens)
         for i, ids in zip(going, said):
             texts[i] += decode(tokenizer, ids)
         number += 1
@@ -127,7 +133,8 @@ def re_encode(model, tokenizer, index, record) -> None:
 
 
 def one_token(model, tokenizer, index, record) -> None:
-    generate(model, tokenizer, [decode(tokenizer, row.prompt_ids) for row in record], [row.response_ids for row in record])
+    texts = [decode(tokenizer, row.prompt_ids) for row in record]
+    generate(model, tokenizer, texts, [row.response_ids for row in record])
 
 
 class Clock:
@@ -148,24 +155,29 @@ class Clock:
 
 
 def where_the_time_goes(sample, index) -> None:
-    clock, forward = Clock(), RowCache.forward
-    kind = lambda cache, chunks: "decode" if max(map(len, chunks)) == 1 else "prefill and observations"  # noqa: E731
-    RowCache.forward = clock.wrap(forward, kind)
+    clock, feed = Clock(), RowCache.feed
+
+    def kind(cache, chunks):
+        return "decode" if max(map(len, chunks)) == 1 else "prefill and observations"
+
+    RowCache.feed = clock.wrap(feed, kind)
     try:
-        timed = clock.wrap(lambda: sample(SimpleNamespace(search=clock.wrap(index.search, "retrieval"))), "all")
-        timed()
+        retriever = SimpleNamespace(search=clock.wrap(index.search, "retrieval"))
+        clock.wrap(sample, "all")(retriever)
     finally:
-        RowCache.forward = forward
+        RowCache.feed = feed
     whole = clock.spent.pop("all")
     shares = {**clock.spent, "bookkeeping": whole - sum(clock.spent.values())}
-    print("time of (a): " + ", ".join(f"{name} {seconds / whole:.1%}" for name, seconds in shares.items()))
+    told = [f"{name} {seconds / whole:.1%}" for name, seconds in shares.items()]
+    print("time of (a): " + ", ".join(told))
 
 
 # ---------------------------------------------------------------- (d): one whole GRPO step
 
 
 def grpo_steps(args, questions, index) -> None:
-    """A GRPO step of ours and one of TRL's in turn: random weights of the model's shape, one turn of --length tokens."""
+    """A GRPO step of ours and one of TRL's in turn: random weights of the model's shape, and one
+    turn of --length tokens."""
     try:
         from datasets import Dataset
         from transformers import PrinterCallback, TrainerCallback
@@ -184,11 +196,14 @@ def grpo_steps(args, questions, index) -> None:
     sample = clock.wrap(rollout, lambda *_, **__: ("ours", "sampling", now["step"]))
 
     def won(i: int) -> float:
-        """Reward of trajectory i: one of a group wins, except that in every second step the first 7 of 16 groups have no variance."""
-        return float(i % size == 0 and (now["step"] % 2 == 0 or i // size >= len(questions) * 7 // 16))
+        """Reward of trajectory i: one of a group wins, except that in every second step the first
+        7 of 16 groups have no variance."""
+        varies = now["step"] % 2 == 0 or i // size >= len(questions) * 7 // 16
+        return float(i % size == 0 and varies)
 
     def step() -> None:
-        sampled = sample(policy, tokenizer, index, questions, group_size=size, max_turn_tokens=args.length)
+        how = dict(group_size=size, max_turn_tokens=args.length)
+        sampled = sample(policy, tokenizer, index, questions, **how)
         rewards = torch.tensor([won(i) for i in range(rows)]).view(-1, size)  # (Q, G)
         grpo_step(policy, start, optimizer, sampled, rewards, config)
         tokens.append(sum(len(row.response_ids) for row in sampled) / rows)
@@ -200,44 +215,56 @@ def grpo_steps(args, questions, index) -> None:
             now["step"] = state.global_step
             timed()
 
+    prompts = [{"prompt": [{"role": "user", "content": question}]} for question in questions]
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=model, processing_class=tokenizer, callbacks=[InTurn()],
             reward_funcs=lambda completions, **_: [won(i) for i in range(len(completions))],
-            train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in questions] * steps),
+            train_dataset=Dataset.from_list(prompts * steps),
             args=GRPOConfig(
-                output_dir=folder, per_device_train_batch_size=args.micro_batch, num_generations=size, max_steps=steps,
-                gradient_accumulation_steps=rows // args.micro_batch, max_completion_length=args.length, learning_rate=1e-6,
-                beta=0.0, temperature=1.0, logging_steps=1, report_to=[], disable_tqdm=True, bf16=False,
-                gradient_checkpointing=False, save_strategy="no", shuffle_dataset=False, dataloader_pin_memory=False,
+                output_dir=folder, per_device_train_batch_size=args.micro_batch,
+                num_generations=size, max_steps=steps, beta=0.0, temperature=1.0,
+                gradient_accumulation_steps=rows // args.micro_batch,
+                max_completion_length=args.length, learning_rate=1e-6, logging_steps=1,
+                report_to=[], disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+                save_strategy="no", shuffle_dataset=False, dataloader_pin_memory=False,
             ),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         # TRL's few milliseconds between its micro-batches, and its optimiser's, are not counted.
-        trainer.training_step = clock.wrap(trainer.training_step, lambda *_, **__: ("TRL", "step", now["step"]))
-        model.generate = clock.wrap(model.generate, lambda *_, **__: ("TRL", "sampling", now["step"]))
+        theirs = lambda what: lambda *_, **__: ("TRL", what, now["step"])
+        trainer.training_step = clock.wrap(trainer.training_step, theirs("step"))
+        model.generate = clock.wrap(model.generate, theirs("sampling"))
         trainer.train()
-    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
-    print(f"\n(d) a whole GRPO step, {len(questions)} questions x {size}, one turn of at most {args.length} tokens, random weights; "
-          f"ours wrote {sum(tokens) / steps:.1f} tokens a response, TRL {sum(lengths) / steps:.1f}")  # fmt: skip
-    print(f"{'groups with variance':26}{'ours':>9}{'sampling':>10}{'TRL':>9}{'sampling':>10}{'ours is faster by':>19}")
+    name, logged = "completions/mean_length", trainer.state.log_history
+    lengths = [row[name] for row in logged if name in row]
+    print(f"\n(d) a whole GRPO step, {len(questions)} questions x {size}, one turn of at most "
+          f"{args.length} tokens, random weights; ours wrote {sum(tokens) / steps:.1f} tokens "
+          f"a response, TRL {sum(lengths) / steps:.1f}")  # fmt: skip
+    print(f"{'groups with variance':26}{'ours':>9}{'sampling':>10}{'TRL':>9}{'sampling':>10}"
+          f"{'ours is faster by':>19}")  # fmt: skip
     for first, kind in enumerate(["all", "9 of 16"]):  # the first two steps warm up
-        typical = lambda who, what: median(clock.spent[who, what, i] for i in range(first + 2, steps, 2))  # noqa: E731,B023
-        one, two = typical("ours", "step"), typical("TRL", "step")
-        print(f"{kind:26}{one:8.2f}s{typical('ours', 'sampling'):9.2f}s{two:8.2f}s{typical('TRL', 'sampling'):9.2f}s{two / one:18.2f}x")
+        one, sampling, two, theirs = (
+            median(clock.spent[who, what, i] for i in range(first + 2, steps, 2))
+            for who in ("ours", "TRL") for what in ("step", "sampling")
+        )  # fmt: skip
+        print(f"{kind:26}{one:8.2f}s{sampling:9.2f}s{two:8.2f}s{theirs:9.2f}s{two / one:18.2f}x")
 
 
 def compare_sampling(args, questions, index) -> None:
     model, tokenizer = load_model(args.model)
     speaker = Scripted(model, write_script(tokenizer, index, questions)) if args.scripted else model
-    sample = lambda retriever: rollout(speaker, tokenizer, retriever, questions, group_size=args.group_size, seed=0)  # noqa: E731
+    how = dict(group_size=args.group_size, seed=0)
+    sample = lambda retriever: rollout(speaker, tokenizer, retriever, questions, **how)
 
     record = sample(index)  # also warms up
     total = sum(len(row.response_ids) for row in record)
     print(json.dumps({
-        "model": args.model, "trajectories": len(record), "tokens": total, "sampled": sum(sum(r.loss_mask) for r in record),
-        "searches": sum(len(r.queries) for r in record) / len(record), "threads": torch.get_num_threads(),
-        "device": str(model.device), "torch": torch.__version__,
+        "model": args.model, "trajectories": len(record), "tokens": total,
+        "sampled": sum(sum(row.loss_mask) for row in record),
+        "searches": sum(len(row.queries) for row in record) / len(record),
+        "threads": torch.get_num_threads(), "device": str(model.device),
+        "torch": torch.__version__,
     }))  # fmt: skip
     ways = {
         "(a) ours": lambda: sample(index),
@@ -254,7 +281,8 @@ def compare_sampling(args, questions, index) -> None:
     ours = median(times["(a) ours"])
     print(f"\n{'way':26}{'seconds':>9}{'range':>16}{'tokens/s':>11}{'(a) is faster by':>19}")
     for name, took in times.items():
-        print(f"{name:26}{median(took):9.2f}{f'{min(took):.2f}-{max(took):.2f}':>16}{total / median(took):11.0f}{median(took) / ours:18.2f}x")
+        typical, spread = median(took), f"{min(took):.2f}-{max(took):.2f}"
+        print(f"{name:26}{typical:9.2f}{spread:>16}{total / typical:11.0f}{typical / ours:18.2f}x")
     where_the_time_goes(sample, index)
 
 
@@ -268,7 +296,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", default="abcd", help="which of (a) to (d) to run")
     parser.add_argument("--length", type=int, default=128, help="(d): tokens of a completion")
-    parser.add_argument("--micro-batch", type=int, default=20, help="(d): sequences a forward pass in training, ours and TRL's")
+    parser.add_argument("--micro-batch", type=int, default=20, help="(d): sequences a forward pass")
     parser.add_argument("--scripted", action="store_true", help="the model says what a script says")
     args = parser.parse_args()
     index = open_index(args.corpus)

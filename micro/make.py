@@ -45,13 +45,13 @@ from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokeniz
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from eval import evaluate, load_questions, rewards_of, supported  # noqa: E402
+from eval import evaluate, load_questions, rewards_of, supported, teacher_edge  # noqa: E402
 from ofsd import PRIVILEGED, mine_pairs, privileged_prompt  # noqa: E402
-from retriever import BM25, BadInput, Parser, Passage, at_least, load_corpus, open_index, run_script  # noqa: E402
+from retriever import BM25, BadInput, Parser, Passage, load_corpus, open_index, run_script  # noqa: E402
 from rollout import (  # noqa: E402
-    TAGS, Trajectory, autocast, chat_ids, encode, load_model, observation_ids, rollout, standard_prompt,
+    TAGS, Trajectory, chat_ids, encode, load_model, observation_ids, rollout, standard_prompt,
 )  # fmt: skip
-from train import Config, teacher_edge  # noqa: E402
+from train import Config  # noqa: E402
 
 # ---------------------------------------------------------------- the world
 
@@ -298,7 +298,7 @@ def demonstrations(
     return made
 
 
-def response_logits(model, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
+def padded_logits(model, prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
     """The logits that predict each response token, in one forward pass without a cache:
     (B, T, V), T = the longest response. What stands after a shorter response means nothing.
 
@@ -308,7 +308,7 @@ def response_logits(model, prompts: list[list[int]], responses: list[list[int]])
     rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
     ids = pad_sequence(rows, batch_first=True).to(device)  # (B, S)
     first = int(starts.min()) - 1  # the position that predicts the earliest response token
-    with autocast(device):
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         output = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first)
     size = max(len(response) for response in responses)
     # Response token t of row b is predicted at position starts[b] + t - 1.
@@ -334,7 +334,7 @@ def warm_start(model, demos: list[Trajectory], rng: random.Random, *, lr: float,
     with tqdm(batches, desc="warm start", disable=None) as bar:
         for step, chosen in enumerate(bar):
             picked = [demos[i] for i in chosen]
-            logits = response_logits(model, [d.prompt_ids for d in picked], [d.response_ids for d in picked])
+            logits = padded_logits(model, [d.prompt_ids for d in picked], [d.response_ids for d in picked])
             targets, weights = torch.zeros(logits.shape[:2], dtype=torch.long), torch.zeros(logits.shape[:2])
             for row, demo in enumerate(picked):
                 targets[row, : len(demo.response_ids)] = torch.tensor(demo.response_ids)
@@ -428,15 +428,15 @@ def main() -> None:
     parser.add_argument("--model", help="build nothing; teach this one the tags, on --questions and --corpus, into --out")
     parser.add_argument("--questions", help="training questions for --model: JSON lines or hub/dataset:config:split")
     parser.add_argument("--corpus", help="passages for --model: JSON lines")
-    parser.add_argument("--count", type=at_least(1), default=200, help="demonstrations for --model")
+    parser.add_argument("--count", type=int, default=200, help="demonstrations for --model")
     args = parser.parse_args()
     out = Path(args.out)
     if args.check:
         print(json.dumps(check(args.check), indent=2))
         return
     if args.model:
-        if not args.questions or not args.corpus:
-            parser.error("--model needs --questions and --corpus")
+        if not args.questions or not args.corpus or args.count < 1:
+            parser.error("--model needs --questions and --corpus, and a --count of at least 1")
         set_seed(args.seed)
         start_real(args.model, args.questions, args.corpus, out, args.count, random.Random(args.seed))
         return

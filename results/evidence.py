@@ -1,32 +1,34 @@
 """Evidence: does distillation between stages of GRPO pay, at equal cost, and why?
 
-    python results/evidence.py tune                  # the trials of every arm, on validation questions
-    python results/evidence.py loop                  # the arms from the base model, on test questions
-    python results/evidence.py tune-2                # a second round of trials, after what the first showed,
-    python results/evidence.py loop-2                # and the arms again, on other test questions and seeds
-    python results/evidence.py converge              # a policy that GRPO improves no more
-    python results/evidence.py tune-plateau          # trials from there, on validation questions
-    python results/evidence.py plateau               # the arms from there, on test questions
-    python results/evidence.py plateau-2             # and again, with a budget in which GRPO follows the stage
-    python results/evidence.py ablations             # one stage of OFSD, changed in one thing at a time
-    python results/evidence.py loop --worker 1/2     # of two processes, this is the first (OMP_NUM_THREADS=1)
-    python results/tables.py                         # tables and figures from the files that these leave
+    python results/evidence.py tune                # trials of every arm, on validation questions
+    python results/evidence.py loop                # the arms from the base model, on test questions
+    python results/evidence.py tune-2              # more trials, after what the first showed,
+    python results/evidence.py loop-2              # and the arms again: other test questions, seeds
+    python results/evidence.py converge            # a policy that GRPO improves no more
+    python results/evidence.py tune-plateau        # trials from there, on validation questions
+    python results/evidence.py plateau             # the arms from there, on test questions
+    python results/evidence.py plateau-2           # again: a budget in which GRPO follows the stage
+    python results/evidence.py ablations           # a stage of OFSD, changed in one thing at a time
+    python results/evidence.py loop --worker 1/2   # of two processes the first (OMP_NUM_THREADS=1)
+    python results/tables.py                       # tables and figures from what these leave
 
-Stop it and start it again at will: a finished run is a file results/evidence/PART/ARM-SEED.jsonl and is
-not run again; an unfinished one is a folder in runs/evidence/ and begins anew.
+Stop it and start it again at will: a finished run is a file results/evidence/PART/ARM-SEED.jsonl
+and is not run again; an unfinished one is a folder in runs/evidence/ and begins anew.
 
 Cost is the number of tokens processed, forward 1, forward and backward 3:
 
-    sampling           1 a token of a response (observations are read, so they count), of a prompt once a group
-    GRPO               3 a token of prompt and response of each trajectory in a group with variance; the
-                       other groups need no pass
-    OFSD               the pool and the teacher's edge are sampling; then, each time a pair is seen, 3 a token
-                       of the standard prompt and the student's response, 1 a token of the privileged prompt
-                       and that response
+    sampling           1 a token of a response (observations are read, so they count), and of a
+                       prompt, once a group
+    GRPO               3 a token of prompt and response of each trajectory in a group with
+                       variance; the other groups need no pass
+    OFSD               the pool and the teacher's edge are sampling; then, each time a pair is
+                       seen, 3 a token of the standard prompt and the student's response, 1 a
+                       token of the privileged prompt and that response
     fine-tuning (rft)  the pool is sampling; 3 a token of the standard prompt and the reference
 
-Evaluation and statistics (KL to the start, KL by kind of token) cost nothing here, in any arm. Within a
-budget both learning rates fall linearly: GRPO's over the budget, an offline stage's over the stage.
+Evaluation and statistics (KL to the start, KL by kind of token) cost nothing here, in any arm.
+Within a budget both learning rates fall linearly: GRPO's over the budget, an offline stage's over
+the stage.
 """
 
 import argparse
@@ -43,20 +45,26 @@ from pathlib import Path
 
 import torch
 
-from arms import ABLATED, ABLATIONS, ARMS, ARMS_2, CONVERGE, CONVERGED, PLATEAU, PLATEAU_2, PLATEAU_TRIALS, TRIALS, TRIALS_2, WORLD, Arm
+from arms import (
+    ABLATED, ABLATIONS, ARMS, ARMS_2, CONVERGE, CONVERGED, PLATEAU, PLATEAU_2, PLATEAU_TRIALS,
+    TRIALS, TRIALS_2, WORLD, Arm,
+)  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import rewards_of, score, supported  # noqa: E402
+from eval import rewards_of, score, supported, teacher_edge  # noqa: E402
 from grpo import (  # noqa: E402
-    backward_in_chunks, chunks, frozen_copy, grpo_step, micro_batches, output_layer, policy_hidden, policy_tokens, token_logprobs, update,
+    backward_in_chunks, chunks, clip_and_update, frozen_copy, grpo_step, micro_batches,
+    policy_hidden, to_logits, token_logprobs,
 )  # fmt: skip
-from ofsd import divergences, mine_pairs, ofsd_step, privileged_prompt, query_mask, reference_index  # noqa: E402
+from ofsd import (  # noqa: E402
+    Pair, divergences, mine_pairs, ofsd_step, privileged_prompt, trainable,
+)  # fmt: skip
 from retriever import run_script  # noqa: E402
-from rollout import autocast, decode, spans  # noqa: E402
-from train import Config, Run, teacher_edge  # noqa: E402
+from rollout import Trajectory, decode, encode, parse_turn, spans  # noqa: E402
+from train import Config, Run  # noqa: E402
 
 # ---------------------------------------------------------------- a run whose cost is counted
 
@@ -65,40 +73,43 @@ class Counted(Run):
     """train.py's Run with a counter, and a split of the questions that no other run reads."""
 
     def __init__(self, arm: Arm, name: str, seed: int, split: str):
-        settings = {k: v for k, v in vars(arm).items() if k not in ("stages", "students", "budget", "falls")}
+        ours = "stages", "students", "budget", "falls"  # the others are settings of train.py
+        settings = {name: value for name, value in vars(arm).items() if name not in ours}
         questions = f"micro/evidence-{split}.jsonl"
         folder = Path("runs/evidence") / name
         shutil.rmtree(folder, ignore_errors=True)
-        super().__init__(Config(**WORLD, **settings, seed=seed, eval_questions=questions, out=str(folder)))
+        settings |= WORLD | dict(seed=seed, eval_questions=questions, out=str(folder))
+        super().__init__(Config(**settings))
         self.arm, self.name, self.cost, self.waiting = arm, name, 0, []
         self.next_test, self.tested_at, self.idle_s = arm.budget / 10, -1, 0.0
         self.log("run", "", arm=vars(arm), seed=seed, split=split)
 
     def sample(self, questions: list[dict], **how):
         trajectories = super().sample(questions, **how)
-        responses = sum(len(t.response_ids) for t in trajectories)
-        self.cost += responses + sum(len(t.prompt_ids) for t in trajectories[:: how.get("group_size", 1)])
+        self.cost += sum(len(t.response_ids) for t in trajectories)
+        self.cost += sum(len(t.prompt_ids) for t in trajectories[:: how.get("group_size", 1)])
         return trajectories
 
-    def log(self, kind: str, stage: str, **metrics) -> None:
+    def log(self, kind: str, stage: str, **metrics) -> dict:
         def short(value):
             if isinstance(value, dict):
                 return {key: short(part) for key, part in value.items()}
             return float(f"{value:.5g}") if isinstance(value, float) else value
 
         work_s = round(time.time() - self.began - self.idle_s, 1)
-        super().log(kind, stage, cost=self.cost, **short(metrics), work_s=work_s)
+        return super().log(kind, stage, cost=self.cost, **short(metrics), work_s=work_s)
 
     def test(self, stage: str) -> None:
         """Greedy, without cost, and without a trace in the random state. leak: the share of
         questions with an answer that no passage retrieved for them contains."""
-        cost, began, state = self.cost, time.time(), torch.get_rng_state()
+        cost, began, state = self.cost, time.time(), self.rng.getstate()
         if cost != self.tested_at:
             trajectories = self.sample(self.test_set, temperature=0.0)
             self.metrics = score(self.test_set, trajectories)
-            self.metrics["leak"] = sum(t.answer is not None and not supported(t) for t in trajectories) / len(trajectories)
+            leaks = [t.answer is not None and not supported(t) for t in trajectories]
+            self.metrics["leak"] = sum(leaks) / len(leaks)
             self.cost = self.tested_at = cost
-            torch.set_rng_state(state)
+            self.rng.setstate(state)
         self.idle_s += time.time() - began
         self.log("eval", stage, **self.metrics)
 
@@ -134,20 +145,23 @@ def run_arm(name: str, arm: Arm, seed: int, split: str) -> Counted:
 def grpo(run: Counted, stage: str, steps: int | None) -> None:
     """So many steps, or until the budget is spent."""
     config, size, step = run.config, run.config.group_size, 0
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.grpo_lr, weight_decay=0.0)
+    optimizer = trainable(run.model, 0, config.grpo_lr)
     while run.cost < run.arm.budget and step != steps:
         step += 1
-        optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - run.arm.falls * run.cost / run.arm.budget)
+        done = run.arm.falls * run.cost / run.arm.budget
+        optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - done)
         while len(run.waiting) < config.questions_per_step:
             run.waiting += run.rng.sample(run.train_set, len(run.train_set))
-        questions, run.waiting = run.waiting[: config.questions_per_step], run.waiting[config.questions_per_step :]
+        questions = run.waiting[: config.questions_per_step]
+        run.waiting = run.waiting[config.questions_per_step :]
         trajectories = run.sample(questions, group_size=size)
         rewards = torch.tensor(rewards_of(questions, trajectories)).view(-1, size)  # (Q, G)
-        stats = grpo_step(run.model, run.start, optimizer, trajectories, rewards, config)
+        stats = grpo_step(run.model, run.ref_model, optimizer, trajectories, rewards, config)
         varied = (rewards != rewards[:, :1]).any(dim=1).tolist()
         run.cost += 3 * tokens(t for i, t in enumerate(trajectories) if varied[i // size])
         stats |= {"reward": rewards.mean().item(), "zero_var": 1 - sum(varied) / len(varied)}
-        run.log("step", stage, step=step, **stats, searches=sum(len(t.queries) for t in trajectories) / len(trajectories))
+        stats["searches"] = sum(len(t.queries) for t in trajectories) / len(trajectories)
+        run.log("step", stage, step=step, **stats)
         if run.cost >= run.next_test:
             run.test(stage)
             run.next_test += run.arm.budget / 10
@@ -180,75 +194,99 @@ def offline(run: Counted, kind: str, stage: str) -> None:
         teacher = frozen_copy(run.model)
         before = kl_by_kind(run.model, teacher, data, run.tokenizer)
         distil(run, kind, stage, data, teacher)
-        run.log("kinds", stage, before=before, after=kl_by_kind(run.model, teacher, data, run.tokenizer))
+        after = kl_by_kind(run.model, teacher, data, run.tokenizer)
+        run.log("kinds", stage, before=before, after=after)
     run.test(stage)
 
 
 def distil(run: Counted, kind: str, stage: str, data: list, teacher=None) -> None:
     """Passes over pairs (ofsd) or references (rft), with a test between two passes."""
     config, step = run.config, 0
-    optimizer = torch.optim.AdamW(run.model.parameters(), lr=config.ofsd_lr, weight_decay=0.0)
+    optimizer = trainable(run.model, 0, config.ofsd_lr)
     starts = range(0, len(data), config.ofsd_batch)
     for number in range(config.ofsd_epochs):
         if number:
             run.test(stage)
         shuffled = run.rng.sample(data, len(data))
         for start in starts:
-            optimizer.param_groups[0]["lr"] = config.ofsd_lr * (1 - step / (config.ofsd_epochs * len(starts)))
+            done = step / (config.ofsd_epochs * len(starts))
+            optimizer.param_groups[0]["lr"] = config.ofsd_lr * (1 - done)
             step, batch = step + 1, shuffled[start : start + config.ofsd_batch]
             if kind == "rft":
                 stats = rft_step(run.model, optimizer, batch, config)
                 run.cost += 3 * tokens(batch)
             else:
-                stats = ofsd_step(run.model, teacher, optimizer, [pair[2:] for pair in batch], config)
-                run.cost += sum(3 * tokens([student]) + len(prompt) + len(student.response_ids) for _, _, student, prompt in batch)
+                stats = ofsd_step(run.model, teacher, optimizer, batch, config)
+                run.cost += 3 * tokens(pair.student for pair in batch)
+                run.cost += sum(len(pair.prompt) + len(pair.student.response_ids) for pair in batch)
             run.log("step", stage, step=step, **stats)
 
 
+def reference_index(group: list, rewards: list[float]) -> int | None:
+    """The number of mine_pair's reference in its group; None where no trajectory is correct."""
+    correct = [i for i, reward in enumerate(rewards) if reward > 0]
+    return min(correct, key=lambda i: len(group[i].queries), default=None)
+
+
 def references(questions: list[dict], pool: list, size: int) -> list:
-    """What rft learns: the correct trajectory with the fewest searches of each question that has one."""
-    rewards = rewards_of(questions, pool)
-    groups = [(pool[i : i + size], rewards[i : i + size]) for i in range(0, len(pool), size)]
-    return [group[best] for group, right in groups if (best := reference_index(group, right)) is not None]
+    """What rft learns: the reference of each question that has one."""
+    rewards, found = rewards_of(questions, pool), []
+    for i in range(0, len(pool), size):
+        best = reference_index(pool[i : i + size], rewards[i : i + size])
+        found += [] if best is None else [pool[i + best]]
+    return found
 
 
 def rft_step(model, optimizer, batch: list, config: Config) -> dict:
     """Cross-entropy on the policy's tokens of references, under the standard prompt."""
-    num_tokens, total = sum(sum(t.loss_mask) for t in batch), 0.0
+    num_tokens, stats = sum(sum(t.loss_mask) for t in batch), []
+
+    def loss(logits, ids):
+        value = -token_logprobs(logits, ids).sum() / num_tokens
+        return value, {"loss": value.item()}
+
     for part in micro_batches(batch, config.micro_batch, lambda t: len(t.response_ids)):
-        ids = policy_tokens(part, "response_ids", model.device)  # (N,)
-        with autocast(model.device):
-            hidden = policy_hidden(model, part)  # (N, H)
-            total += backward_in_chunks(model, lambda logits, ids: -token_logprobs(logits, ids).sum() / num_tokens, hidden, ids)
-    return {"loss": total, "grad_norm": update(optimizer, config.max_grad_norm)}
+        tokens = [zip(t.response_ids, t.loss_mask) for t in part]
+        ids = [token for pairs in tokens for token, sampled in pairs if sampled]
+        ids = torch.tensor(ids, device=model.device)  # (N,)
+        stats += backward_in_chunks(model, loss, policy_hidden(model, part), ids)
+    norm = clip_and_update(optimizer, config.max_grad_norm)
+    return {"loss": sum(its["loss"] for its in stats), "grad_norm": norm}
 
 
-def mine_more(run: Counted, questions: list[dict], pool: list) -> tuple[list[tuple], dict]:
-    """mine_pairs again and again, each time without the students it has found: arm.students pairs a question."""
+def mine_more(run: Counted, questions: list[dict], pool: list) -> tuple[list[Pair], dict]:
+    """mine_pairs again and again, each time without the students it has found: arm.students pairs
+    a question."""
+    size, most = run.config.group_size, run.config.max_privileged_tokens
 
-    def mine(pool: list) -> tuple[list[tuple], dict]:
-        return mine_pairs(run.model, run.tokenizer, questions, pool, rewards_of(questions, pool), run.config.max_privileged_tokens)
+    def mine(pool: list) -> tuple[list[Pair], dict]:
+        rewards = rewards_of(questions, pool)
+        return mine_pairs(run.model, run.tokenizer, questions, pool, rewards, most)
 
     pairs, counts = mine(pool)
     for _ in range(run.arm.students - 1):
-        used = {id(student) for _, _, student, _ in pairs}
-        reference = {question["id"]: reference for question, reference, *_ in pairs}
+        used = {id(pair.student) for pair in pairs}
+        reference = {pair.question["id"]: pair.reference for pair in pairs}
         # A student that was used stands in for nothing: the group's reference takes its place.
-        left = [reference[questions[i // run.config.group_size]["id"]] if id(t) in used else t for i, t in enumerate(pool)]
+        left = [
+            reference[questions[i // size]["id"]] if id(t) in used else t
+            for i, t in enumerate(pool)
+        ]  # fmt: skip
         pairs += mine(left)[0]
     return pairs, counts | {"pairs": len(pairs)}
 
 
-def one_each(pairs: list[tuple]) -> list[tuple]:
+def one_each(pairs: list[Pair]) -> list[Pair]:
     """The first pair of each question."""
-    return list({pair[0]["id"]: pair for pair in reversed(pairs)}.values())
+    return list({pair.question["id"]: pair for pair in reversed(pairs)}.values())
 
 
 # ---------------------------------------------------------------- the mechanism
 
 
 def token_kinds(tokenizer, trajectory) -> list[str]:
-    """think, search, answer or tag for each of the policy's tokens, by the last tag opened before it."""
+    """think, search, answer or tag for each of the policy's tokens, by the last tag opened before
+    it."""
     kinds = []
     for sampled, ids in spans(trajectory):
         for i, token in enumerate(ids if sampled else []):
@@ -259,13 +297,16 @@ def token_kinds(tokenizer, trajectory) -> list[str]:
 
 
 @torch.no_grad()
-def kl_by_kind(model, teacher, pairs: list[tuple], tokenizer) -> dict[str, float]:
-    """Mean forward KL from teacher to student on the students' tokens, by kind of token, in nats."""
+def kl_by_kind(model, teacher, pairs: list[Pair], tokenizer) -> dict[str, float]:
+    """Mean forward KL from teacher to student on the students' tokens, by kind of token, in
+    nats."""
     sums, counts = defaultdict(float), defaultdict(int)
-    for part in micro_batches(pairs, 20, lambda pair: len(pair[2].response_ids)):
-        students, prompts = [student for _, _, student, _ in part], [prompt for *_, prompt in part]
-        hidden, teacher_hidden = policy_hidden(model, students), policy_hidden(teacher, students, prompts)  # (N, H)
-        values = [divergences(output_layer(model)(h), output_layer(teacher)(t)) for h, t in chunks(model, hidden, teacher_hidden)]
+    for part in micro_batches(pairs, 20, lambda pair: len(pair.student.response_ids)):
+        students, prompts = [pair.student for pair in part], [pair.prompt for pair in part]
+        hidden = policy_hidden(model, students)  # (N, H)
+        teacher_hidden = policy_hidden(teacher, students, prompts)  # (N, H)
+        parts = chunks(model, hidden, teacher_hidden)
+        values = [divergences(to_logits(model, h), to_logits(teacher, t)) for h, t in parts]
         kinds = [kind for t in students for kind in token_kinds(tokenizer, t)]
         for kind, value in zip(kinds, torch.cat(values).tolist(), strict=True):
             sums[kind] += value
@@ -285,14 +326,17 @@ def ablations(name: str, seed: int, split: str) -> None:
     config, cost, model = run.config, run.cost, run.model
     for variant, change in ABLATIONS.items():
         run.model, run.cost, run.rng = copy.deepcopy(model), cost, random.Random(seed)
-        kind, run.arm = change.get("kind", "ofsd"), replace(ABLATED, students=change.get("students", 1))
-        run.config = replace(config, **{name: value for name, value in change.items() if hasattr(config, name)})
+        run.arm = replace(ABLATED, students=change.get("students", 1))
+        settings = {key: value for key, value in change.items() if hasattr(config, key)}
+        run.config = replace(config, **settings)
+        kind = change.get("kind", "ofsd")
         if kind == "rft":
             data = references(questions, pool, run.config.group_size)
             run.log("mining", variant, pairs=len(data))
         else:
-            data, counts = mine_more(run, questions, altered(run, questions, pool, change))
-            data = [pair for pair in (conditioned(run, pair, change, data) for pair in data) if pair[3] and any(pair[2].loss_mask)]
+            mined, counts = mine_more(run, questions, altered(run, questions, pool, change))
+            data = [conditioned(run, pair, change, mined) for pair in mined]
+            data = [pair for pair in data if pair.prompt and any(pair.student.loss_mask)]
             run.log("mining", variant, **counts, **teacher_edge(run, one_each(data)))
         distil(run, kind, variant, data, model)
         run.test(variant)
@@ -319,18 +363,45 @@ def altered(run: Counted, questions: list[dict], pool: list, change: dict) -> li
     return result
 
 
-def conditioned(run: Counted, pair: tuple, change: dict, pairs: list[tuple]) -> tuple:
-    """A pair whose prompt shows another question's reference, or less of its own; or whose mask is narrower."""
-    question, reference, student, prompt = pair
-    room = run.config.max_privileged_tokens
+def conditioned(run: Counted, pair: Pair, change: dict, pairs: list[Pair]) -> Pair:
+    """A pair whose prompt shows another question's reference, or less of its own; or whose mask is
+    narrower."""
+    tokenizer, asked, shown = run.tokenizer, pair.question["question"], None
     if change.get("reference") == "shuffled":
-        others = [other for other in pairs if other[0]["id"] != question["id"]]
-        prompt = privileged_prompt(run.tokenizer, question["question"], run.rng.choice(others)[1], room)
+        others = [other for other in pairs if other.question["id"] != pair.question["id"]]
+        shown = run.rng.choice(others).reference
     if change.get("reads") == "queries":
-        prompt = privileged_prompt(run.tokenizer, question["question"], reference, room, reads="queries")
+        shown = queries_only(tokenizer, pair.reference)
+    if shown:
+        room = run.config.max_privileged_tokens
+        pair = pair._replace(prompt=privileged_prompt(tokenizer, asked, shown, room))
     if change.get("tokens") == "queries":
-        student = replace(student, loss_mask=query_mask(run.tokenizer, student))
-    return question, reference, student, prompt
+        mask = query_mask(tokenizer, pair.student)
+        pair = pair._replace(student=replace(pair.student, loss_mask=mask))
+    return pair
+
+
+def queries_only(tokenizer, reference: Trajectory) -> Trajectory:
+    """A reference that shows its queries and its answer, and neither thoughts nor passages."""
+    text = "".join(f"<search> {query} </search>\n" for query in reference.queries)
+    ids = encode(tokenizer, f"{text}<answer> {reference.answer} </answer>")
+    shown = Trajectory(reference.question, reference.prompt_ids)
+    shown.extend(ids, [0.0] * len(ids))
+    return shown
+
+
+def query_mask(tokenizer, trajectory: Trajectory) -> list[int]:
+    """The loss_mask narrowed to search queries: 1 for the sampled tokens that end between <search>
+    and </search> of a turn that searched. (The paper aligns all of the policy's tokens.)"""
+    mask = []
+    for sampled, ids in spans(trajectory):
+        text = decode(tokenizer, ids)
+        end = text.find("</search>")
+        begin = text.rfind("<search>", 0, max(end, 0)) + len("<search>")
+        searched = sampled and (parse_turn(text) or "?")[0] == "search"
+        ends = [len(decode(tokenizer, ids[: i + 1])) for i in range(len(ids))]
+        mask += [int(searched and begin < here <= end) for here in ends]
+    return mask
 
 
 # ---------------------------------------------------------------- the plan
@@ -343,13 +414,22 @@ def converge(name: str, seed: int) -> None:
 
 
 def trials(part: str, arms: dict, *seeds: int) -> list[tuple]:
-    named = [[(f"{part}/{kind}-{name}", arm) for name, arm in those.items()] for kind, those in arms.items()]
+    """One trial of each kind, then the next of each, ...; all of that for each seed."""
+    named = [
+        [(f"{part}/{kind}-{name}", arm) for name, arm in those.items()]
+        for kind, those in arms.items()
+    ]  # fmt: skip
     plan = [(name, arm) for row in zip(*named, strict=True) for name, arm in row]
-    return [(run_arm, f"{name}-{seed}" if len(seeds) > 1 else name, arm, seed, "validation") for seed in seeds for name, arm in plan]
+    many = len(seeds) > 1
+    return [
+        (run_arm, f"{name}-{seed}" if many else name, arm, seed, "validation")
+        for seed in seeds for name, arm in plan
+    ]  # fmt: skip
 
 
 def final(part: str, arms: dict, seeds, split: str = "test") -> list[tuple]:
-    return [(run_arm, f"{part}/{kind}-{seed}", arm, seed, split) for seed in seeds for kind, arm in arms.items()]
+    plan = [(seed, kind, arm) for seed in seeds for kind, arm in arms.items()]
+    return [(run_arm, f"{part}/{kind}-{seed}", arm, seed, split) for seed, kind, arm in plan]
 
 
 # (function, name of the result, further arguments), in the order of the runs
@@ -367,7 +447,8 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--worker", default="1/1", help="I/N: of N processes, this is the I-th")
     args = parser.parse_args()

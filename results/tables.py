@@ -1,8 +1,11 @@
-"""Tables and figures from results/evidence/: python results/tables.py writes evidence.md and, with matplotlib, *.png.
+"""Tables and figures from results/evidence/.
 
-The curve of a run is EM against cost at its evaluations, straight lines between them, its last value held;
-the area is that under the curve from 0 to the budget, divided by the budget (a mean EM). Runs of the same
-seed are compared in pairs: the interval is the mean difference to GRPO +- t(.975, n - 1) standard errors.
+    python results/tables.py    # writes evidence.md and, with matplotlib, *.png
+
+The curve of a run is EM against cost at its evaluations, straight lines between them, its last
+value held; the area is that under the curve from 0 to the budget, divided by the budget (a mean
+EM). Runs of the same seed are compared in pairs: the interval is the mean difference to GRPO +-
+t(.975, n - 1) standard errors.
 """
 
 import json
@@ -12,7 +15,8 @@ from statistics import mean, median, stdev
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t(.975, n - 1) for n
+# t(.975, n - 1) for n
+T = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)))
 LEVELS = (0.5, 0.6, 0.7)
 
 
@@ -48,7 +52,9 @@ def cost_of(rows: list[dict], level: float) -> float:
 
 def final(rows: list[dict], name: str = "em") -> float:
     """EM by the curve at the budget; anything else as last evaluated."""
-    return float(em_at(rows, rows[0]["arm"]["budget"])) if name == "em" else evaluations(rows)[-1][name]
+    if name == "em":
+        return float(em_at(rows, rows[0]["arm"]["budget"]))
+    return evaluations(rows)[-1][name]
 
 
 def searches(rows: list[dict]) -> float:
@@ -66,7 +72,7 @@ def row_of(*cells) -> str:
 
 
 def table(header: list[str], rows: list[list]) -> str:
-    return "\n".join([row_of(*header), row_of(*["---"] * len(header)), *(row_of(*row) for row in rows)])
+    return "\n".join(row_of(*row) for row in (header, ["---"] * len(header), *rows))
 
 
 def plus_minus(values: list[float], sign: str = "") -> str:
@@ -78,55 +84,67 @@ def comparison(part: str, against: str = "grpo") -> str:
     runs = read(part)
     lines = []
     for arm, seeds in runs.items():
-        shared = sorted(seeds.keys() & runs[against].keys())
         cells = [arm, len(seeds)]
         for value in (area, final, searches):
             cells.append(plus_minus([value(rows) for rows in seeds.values()]))
-            cells.append("" if arm == against else plus_minus([value(seeds[s]) - value(runs[against][s]) for s in shared], "+"))
+            paired = differences(seeds, runs[against], value)
+            cells.append("" if arm == against else plus_minus(paired, "+"))
         for level in LEVELS:
             reached = sorted(cost_of(rows, level) for rows in seeds.values())
             missed = sum(cost == float("inf") for cost in reached)
             cells.append(f"{median(reached) / 1e6:.2f}" + (f" ({missed} never)" if missed else ""))
         cells.append(f"{mean(final(rows, 'leak') for rows in seeds.values()):.3f}")
         lines.append([*cells, f"{mean(rows[-1]['work_s'] for rows in seeds.values()):.0f}"])
-    costs = [f"cost of {level}, M" for level in LEVELS]
     to = f"to {against}"
-    text = table(["arm", "seeds", "area", to, "final EM", to, "searches", to, *costs, "leak", "seconds"], lines)
+    header = ["arm", "seeds", "area", to, "final EM", to, "searches", to]
+    header += [*(f"cost of {level}, M" for level in LEVELS), "leak", "seconds"]
+    text = table(header, lines)
     if {"search-e1", "rft"} <= runs.keys():
-        ours, theirs = runs["search-e1"], runs["rft"]
         for name, value in (("area", area), ("final EM", final), ("searches", searches)):
-            difference = plus_minus([value(ours[s]) - value(theirs[s]) for s in sorted(ours.keys() & theirs.keys())], "+")
-            text += f"\n\nsearch-e1 to rft, {name}: {difference}"
+            paired = differences(runs["search-e1"], runs["rft"], value)
+            text += f"\n\nsearch-e1 to rft, {name}: {plus_minus(paired, '+')}"
     return text
+
+
+def differences(ours: dict, theirs: dict, value) -> list[float]:
+    """Of the seeds that both have."""
+    return [value(ours[seed]) - value(theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def trials(part: str) -> str:
     keys = "stages grpo_lr ofsd_lr ofsd_questions ofsd_epochs students".split()
-    lines = [
-        [name, *(f"{mean(map(value, seeds.values())):.3f}" for value in (area, final, searches)), *(seeds[min(seeds)][0]["arm"][key] for key in keys)]
-        for name, seeds in read(part).items()
-    ]
-    return table(["trial", "area", "final EM", "searches", "stages", "GRPO lr", "offline lr", "pool", "passes", "pairs a question"], lines)
+    lines = []
+    for name, seeds in read(part).items():
+        means = [mean(map(value, seeds.values())) for value in (area, final, searches)]
+        arm = seeds[min(seeds)][0]["arm"]
+        lines.append([name, *(f"{value:.3f}" for value in means), *(arm[key] for key in keys)])
+    header = "trial, area, final EM, searches, stages, GRPO lr, offline lr, pool, passes"
+    return table([*header.split(", "), "pairs a question"], lines)
 
 
 def stages(part: str, arm: str) -> str:
-    """The stages of OFSD in the runs of an arm: what the teacher was worth, and what the stage did."""
+    """The stages of OFSD in the runs of an arm: what the teacher was worth, and what the stage
+    did."""
     lines = []
     for seed, rows in read(part)[arm].items():
         tested = {row["stage"]: row for row in evaluations(rows)}
         kinds = {row["stage"]: row for row in rows if row["kind"] == "kinds"}
         for row in (row for row in rows if row["kind"] == "mining"):
             stage, cells = row["stage"], [seed, row["stage"], row["pairs"]]
-            cells += [f"{row[name]:+.2f}" if name in row else "" for name in ("edge", "edge_supported")]
+            edges = "edge", "edge_supported"
+            cells += [f"{row[name]:+.2f}" if name in row else "" for name in edges]
             if row["skipped"]:
                 lines.append([*cells, "skipped", *[""] * 6])
                 continue
+            before, after = tested[f"before {stage}"], tested[stage]
             for name, digits in (("em", 3), ("searches", 2), ("leak", 3)):
-                cells.append(f"{tested[f'before {stage}'][name]:.{digits}f} → {tested[stage][name]:.{digits}f}")
+                cells.append(f"{before[name]:.{digits}f} → {after[name]:.{digits}f}")
             for kind in ("think", "search", "answer", "tag"):
-                cells.append(" → ".join(f"{kinds[stage][when].get(kind, 0):.3f}" for when in ("before", "after")))
+                values = [kinds[stage][when].get(kind, 0) for when in ("before", "after")]
+                cells.append(" → ".join(f"{value:.3f}" for value in values))
             lines.append(cells)
-    header = "seed, stage, pairs, edge, supported edge, EM, searches, leak, KL think, KL query, KL answer, KL tags"
+    header = "seed, stage, pairs, edge, supported edge, EM, searches, leak"
+    header += ", KL think, KL query, KL answer, KL tags"
     return table(header.split(", "), lines)
 
 
@@ -142,11 +160,12 @@ def ablations() -> str:
                 found.setdefault(variant, []).append((last[variant], start, counts))
     lines = []
     for variant, runs in found.items():
-        gains = [row["em"] - start["em"] for row, start, _ in runs]
+        gain = lambda name: [row[name] - start[name] for row, start, _ in runs]
         edges = [mined["edge"] for *_, mined in runs if "edge" in mined]
         lines.append([
-            variant, f"{mean(gains):+.3f}", " ".join(f"{gain:+.3f}" for gain in gains), f"{mean(edges):+.2f}" if edges else "",
-            *(f"{mean(row[name] - start[name] for row, start, _ in runs):+.{n}f}" for name, n in (("searches", 2), ("leak", 3))),
+            variant, f"{mean(gain('em')):+.3f}", " ".join(f"{em:+.3f}" for em in gain("em")),
+            f"{mean(edges):+.2f}" if edges else "", f"{mean(gain('searches')):+.2f}",
+            f"{mean(gain('leak')):+.3f}",
         ])  # fmt: skip
     return table(["variant", "EM gained", "each seed", "edge", "searches", "leak"], lines)
 
@@ -165,29 +184,47 @@ def figure(part: str, title: str) -> None:
         line = axes.plot(costs / 1e6, curves.mean(axis=0), label=f"{arm} ({len(curves)} seeds)")[0]
         band = curves.mean(axis=0) - half, curves.mean(axis=0) + half
         axes.fill_between(costs / 1e6, *band, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="cost, million tokens (forward 1, forward and backward 3)", ylabel="exact match, test questions", title=title, ylim=(0, None))
+    axes.set(title=title, ylim=(0, None), ylabel="exact match, test questions")
+    axes.set(xlabel="cost, million tokens (forward 1, forward and backward 3)")
     axes.grid(alpha=0.3)
     axes.legend()
     picture.savefig(HERE / f"evidence-{part}.png", dpi=110)
 
 
+def ofsd_stages(part: str) -> str:
+    return stages(part, "search-e1")
+
+
+VALIDATION = "validation questions"
+SECTIONS = [
+    (f"Trials from the base, one development seed, {VALIDATION}", "tune", trials),
+    ("From the base", "loop", comparison),
+    (f"Second round of trials, means of two development seeds, {VALIDATION}", "tune-2", trials),
+    ("From the base, second round", "loop-2", comparison),
+    ("Trials from the converged policy", "tune-plateau", trials),
+    ("From a policy that GRPO improves no more", "plateau", comparison),
+    ("From there, with a budget in which GRPO follows the stage", "plateau-2", comparison),
+    ("Stages of OFSD in search-e1, from the base", "loop", ofsd_stages),
+    ("Stages of OFSD in search-e1, second round", "loop-2", ofsd_stages),
+    ("Stages of OFSD from the converged policy", "plateau", ofsd_stages),
+    ("Stages of OFSD from the converged policy, second round", "plateau-2", ofsd_stages),
+    (f"One stage, one thing changed, {VALIDATION}", "ablations", lambda part: ablations()),
+]
+FIGURES = {
+    "loop": "From the base model",
+    "loop-2": "From the base model, second round",
+    "plateau-2": "From a policy that GRPO improves no more",
+}
+
+
 def main() -> None:
-    sections = [("Trials from the base, one development seed, validation questions", "tune", trials)]
-    sections += [("From the base", "loop", comparison)]
-    sections += [("Second round of trials, means of two development seeds, validation questions", "tune-2", trials)]
-    sections += [("From the base, second round", "loop-2", comparison), ("Trials from the converged policy", "tune-plateau", trials)]
-    sections += [("From a policy that GRPO improves no more", "plateau", comparison)]
-    sections += [("From there, with a budget in which GRPO follows the stage", "plateau-2", comparison)]
-    sections += [("Stages of OFSD in search-e1, from the base", "loop", lambda part: stages(part, "search-e1"))]
-    sections += [("Stages of OFSD in search-e1, second round", "loop-2", lambda part: stages(part, "search-e1"))]
-    sections += [("Stages of OFSD from the converged policy", "plateau", lambda part: stages(part, "search-e1"))]
-    sections += [("Stages of OFSD from the converged policy, second round", "plateau-2", lambda part: stages(part, "search-e1"))]
-    sections += [("One stage, one thing changed, validation questions", "ablations", lambda part: ablations())]
-    text = "# Tables\n\nWritten by `python results/tables.py` from `results/evidence/`; what they mean: README.md.\n"
-    text += "".join(f"\n## {title}\n\n{make(part)}\n" for title, part, make in sections if read(part))
+    text = "# Tables\n\nWritten by `python results/tables.py` from `results/evidence/`; "
+    text += "what they mean: README.md.\n"
+    for title, part, make in SECTIONS:
+        text += f"\n## {title}\n\n{make(part)}\n" if read(part) else ""
     (HERE / "evidence.md").write_text(text, encoding="utf-8")
     print(text)
-    for part, title in (("loop", "From the base model"), ("loop-2", "From the base model, second round"), ("plateau-2", "From a policy that GRPO improves no more")):
+    for part, title in FIGURES.items():
         if read(part) and all(len(seeds) > 1 for seeds in read(part).values()):
             figure(part, title)
 

@@ -1,4 +1,4 @@
-"""Shared by the tests: the micro model, a random one of its shape, and a corpus of three passages."""
+"""Shared by the tests: the micro model, a random one of its shape, a corpus of three passages."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a network, and a wrong name should fail at once
+# No test may depend on a network, and a wrong name should fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
@@ -33,7 +34,8 @@ def tokenizer(micro):
 def random_model():
     """A fresh model of micro/model's shape with random weights: it babbles."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(ROOT / "micro/model")).eval()
+    config = AutoConfig.from_pretrained(ROOT / "micro/model")
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture
@@ -42,9 +44,14 @@ def small_model(tokenizer):
 
     def make(kind, **more):
         torch.manual_seed(0)
-        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=512)
-        sizes = sizes if kind != "gpt2" else dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
-        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes, initializer_range=0.2, **more)
+        sizes = dict(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            max_position_embeddings=512,
+        )  # fmt: skip
+        if kind == "gpt2":
+            sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
+        sizes |= dict(vocab_size=len(tokenizer), initializer_range=0.2)
+        config = AutoConfig.for_model(kind, **sizes, **more)
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None
         return AutoModelForCausalLM.from_config(config).eval()
 
@@ -58,13 +65,13 @@ def micro_index():
 
 @pytest.fixture
 def three():
-    return BM25(
-        [
-            Passage("0", "Ada Lovelace", "Ada Lovelace wrote about the Analytical Engine of Charles Babbage."),
-            Passage("1", "Charles Babbage", "Charles Babbage was born in London."),
-            Passage("2", "London", "London lies on the Thames."),
-        ]
-    )
+    """An index of three passages."""
+    ada = "Ada Lovelace wrote about the Analytical Engine of Charles Babbage."
+    return BM25([
+        Passage("0", "Ada Lovelace", ada),
+        Passage("1", "Charles Babbage", "Charles Babbage was born in London."),
+        Passage("2", "London", "London lies on the Thames."),
+    ])  # fmt: skip
 
 
 @pytest.fixture
@@ -72,7 +79,8 @@ def command():
     """Run a script of the repository; the finished process, with its text."""
 
     def run(*args, cwd=ROOT):
-        return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=600)
+        how = dict(cwd=cwd, capture_output=True, text=True, timeout=600)
+        return subprocess.run([sys.executable, *map(str, args)], **how)
 
     return run
 

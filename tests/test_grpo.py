@@ -1,16 +1,19 @@
 """grpo.py against numbers worked by hand, in the comments, and against autograd in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import grpo
 from grpo import (
-    backward_in_chunks, group_advantages, grpo_loss, output_layer, policy_hidden, policy_logprobs, token_entropies, token_logprobs,
+    backward_in_chunks, check_training, clip_and_update, frozen_copy, group_advantages, grpo_loss,
+    grpo_step, policy_hidden, policy_logprobs, response_logits, to_logits, token_entropies,
+    token_logprobs,
 )  # fmt: skip
-from make import response_logits
 from rollout import Trajectory
+from train import Config
 
 
 def tensor(*rows):
@@ -27,17 +30,15 @@ def test_advantages_worked_by_hand():
 
 def test_eps_is_added_to_the_deviation():
     # mean .5, std .7071: .5 / (.7071 + 1)
-    assert group_advantages(torch.tensor([[1.0, 0.0]]), eps=1.0).tolist() == [pytest.approx([0.29289, -0.29289], abs=1e-5)]
-
-
-def test_advantages_without_the_division():
-    rewards = torch.tensor([[1.0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0.1, 0.1, 0.1, 0.1, 0.1]])
-    expected = [[0.8] + [-0.2] * 4, [0.6] * 2 + [-0.4] * 3, [0.0] * 5]
-    assert group_advantages(rewards, by_std=False).tolist() == [pytest.approx(row) for row in expected]
+    found = group_advantages(torch.tensor([[1.0, 0.0]]), eps=1.0)
+    assert found.tolist() == [pytest.approx([0.29289, -0.29289], abs=1e-5)]
 
 
 def test_groups_without_variance_and_groups_of_one_teach_nothing():
-    assert group_advantages(torch.tensor([[1.0, 1, 1], [0, 0, 0], [0.9, 0.9, 0.9]])).eq(0).all()  # .9 is not its own mean in float32
+    rewards = torch.tensor([[1.0, 1, 1], [0, 0, 0], [0.9, 0.9, 0.9]])
+    assert rewards[2].mean() != rewards[2, 0]  # float32 rounds
+    assert group_advantages(rewards).eq(0).all()
+    assert group_advantages(torch.full((1, 5), 0.1)).eq(0).all()
     assert group_advantages(torch.tensor([[1.0], [0.0]])).tolist() == [[0.0], [0.0]]
 
 
@@ -87,7 +88,8 @@ def test_value_is_zero_but_the_gradient_is_not_at_ratio_one():
 )
 def test_the_clip_acts_only_on_the_side_where_it_should(ratio, advantage, loss, gradient):
     logprobs = tensor([math.log(ratio)]).requires_grad_()
-    value, stats = grpo_loss(logprobs, tensor([0.0]), tensor([advantage])[0], torch.ones(1, 1), clip_eps=0.2)
+    batch = logprobs, tensor([0.0]), tensor([advantage])[0], torch.ones(1, 1)
+    value, stats = grpo_loss(*batch, clip_eps=0.2)
     value.backward()
     assert value.item() == pytest.approx(loss)
     assert logprobs.grad.item() == pytest.approx(gradient)
@@ -97,8 +99,9 @@ def test_the_clip_acts_only_on_the_side_where_it_should(ratio, advantage, loss, 
 def test_normalisations_by_hand():
     # Lengths 2 and 4, token losses 1 and 2 (rho = 1, A = -1 and -2), L = 8:
     # token (2 * 1 + 4 * 2) / 6, grpo (1 + 2) / 2, dr_grpo 10 / (2 * 8)
-    zeros, mask = torch.zeros(2, 5), torch.tensor([[1, 0, 1, 0, 0], [1, 1, 0, 1, 1]])
-    value = lambda **how: grpo_loss(zeros, zeros, torch.tensor([-1.0, -2.0]), mask, **how)[0].item()  # noqa: E731
+    mask = torch.tensor([[1, 0, 1, 0, 0], [1, 1, 0, 1, 1]])
+    batch = torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([-1.0, -2.0]), mask
+    value = lambda **how: grpo_loss(*batch, **how)[0].item()
     assert value(norm="token") == pytest.approx(1.6667, abs=1e-4)
     assert value(norm="grpo") == pytest.approx(1.5)
     assert value(norm="dr_grpo", max_len=8) == pytest.approx(0.625)
@@ -117,14 +120,16 @@ def test_k3_by_hand():
     assert loss.item() == pytest.approx(0.1 * (1 - math.log(2)))
     assert stats["kl"] == pytest.approx(1 - math.log(2))
     assert logprobs.grad.item() == pytest.approx(-0.1)
-    assert grpo_loss(*[tensor([-1.0])] * 2, tensor([1.0])[0], torch.ones(1, 1), ref_logprobs=tensor([-1.0]))[1]["kl"] == 0
+    equal = [tensor([-1.0])] * 2
+    _, stats = grpo_loss(*equal, tensor([1.0])[0], torch.ones(1, 1), ref_logprobs=equal[0])
+    assert stats["kl"] == 0
     with pytest.raises(ValueError, match="needs ref_logprobs"):
         grpo_loss(tensor([0.0]), tensor([0.0]), tensor([1.0])[0], torch.ones(1, 1), kl_coef=0.1)
 
 
 def random_batch(seed=0, sequences=6, size=9):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     old = -draw(sequences, size).abs()
     new = old + 0.3 * draw(sequences, size)
     return new, old, draw(sequences), (draw(sequences, size) > 0).long()
@@ -144,7 +149,8 @@ def test_gradient_equals_the_closed_form_in_float64():
 def test_information_tokens_have_no_part_in_loss_or_gradient():
     new, old, advantages, mask = random_batch()
     reference = new + 0.1
-    garbage = torch.where(mask == 1, new, torch.tensor([math.inf, -math.inf, math.nan]).double().repeat(6, 3))
+    anything = torch.tensor([math.inf, -math.inf, math.nan]).double().repeat(6, 3)
+    garbage = torch.where(mask == 1, new, anything)
     results = []
     for values in (new, garbage):
         values = values.clone().requires_grad_()
@@ -162,8 +168,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_size(size):
     whole, parts = (new.clone().requires_grad_() for _ in range(2))
     grpo_loss(whole, old, advantages, mask)[0].backward()
     for i in range(0, len(new), size):
-        piece = slice(i, i + size)
-        grpo_loss(parts[piece], old[piece], advantages[piece], mask[piece], num_tokens=mask.sum())[0].backward()
+        piece = [x[i : i + size] for x in (parts, old, advantages, mask)]
+        grpo_loss(*piece, num_tokens=mask.sum())[0].backward()
     assert torch.allclose(whole.grad, parts.grad, rtol=1e-12)
 
 
@@ -176,11 +182,36 @@ def test_all_masked_is_zero_with_a_graph(norm):
 
 
 @pytest.mark.parametrize("norm", ["token", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_an_empty_batch_is_zero_with_a_graph(norm, shape):
+    values = torch.zeros(shape, requires_grad=True)
+    how = dict(norm=norm, ref_logprobs=torch.zeros(shape), kl_coef=0.1)
+    batch = values, torch.zeros(shape), torch.ones(shape[0]), torch.ones(shape)
+    loss, stats = grpo_loss(*batch, **how)
+    loss.backward()
+    assert loss.item() == 0.0 and values.grad.shape == shape
+    assert stats == {"clip_frac": 0.0, "gap": 0.0, "kl": 0.0}
+
+
+def test_a_ratio_too_large_for_float32_stays_finite():
+    """A token that was all but impossible when it was sampled, and is likely now: e^200."""
+    new = torch.tensor([[-0.1, -1.0]]).requires_grad_()
+    old = torch.tensor([[-200.1, -1.0]])
+    how = dict(ref_logprobs=torch.tensor([[-0.1, 300.0]]), kl_coef=1e-3)
+    for advantage in (1.0, -1.0):
+        loss, _ = grpo_loss(new, old, torch.tensor([advantage]), torch.ones(1, 2), **how)
+        loss.backward()
+        assert loss.isfinite() and new.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["token", "grpo", "dr_grpo"])
 def test_one_sequence_and_equal_rewards(norm):
-    for rewards in ([[1.0]], [[1.0, 1.0, 1.0]], [[0.0, 0.0]]):  # one sequence, all right, all wrong
+    # One sequence, all of them right, all of them wrong.
+    for rewards in ([[1.0]], [[1.0, 1.0, 1.0]], [[0.0, 0.0]]):
         advantages = group_advantages(torch.tensor(rewards))[0]
+        mask = torch.ones(len(advantages), 3)
         values = torch.full((len(advantages), 3), -1.0, requires_grad=True)
-        loss, _ = grpo_loss(values, values.detach() - 0.7, advantages, torch.ones(len(advantages), 3), norm=norm)
+        loss, _ = grpo_loss(values, values.detach() - 0.7, advantages, mask, norm=norm)
         loss.backward()
         assert loss.item() == 0.0 and values.grad.eq(0).all()
 
@@ -191,7 +222,9 @@ def test_neither_padding_nor_order_changes_loss_or_gradient(norm):
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     results = []
     for pad, rows in ((0, torch.arange(6)), (4, order)):
-        padded = [torch.nn.functional.pad(x, (0, pad), value=value)[rows] for x, value in ((new, 9.0), (old, -9.0), (mask, 0))]
+        fills = (new, 9.0), (old, -9.0), (mask, 0)
+        pad_by = lambda x, value: torch.nn.functional.pad(x, (0, pad), value=value)
+        padded = [pad_by(x, value)[rows] for x, value in fills]
         padded[0].requires_grad_()
         loss, _ = grpo_loss(*padded[:2], advantages[rows], padded[2], norm=norm, max_len=9)
         loss.backward()
@@ -202,49 +235,83 @@ def test_neither_padding_nor_order_changes_loss_or_gradient(norm):
 
 # ---------------------------------------------------------------- in bounded memory
 
-PROMPTS, RESPONSES = [[5, 6, 7, 8], [9]], [[10, 11, 12], [13, 14, 15, 16, 17]]
-MASKS = [[1, 0, 1], [0, 1, 1, 0, 1]]
-ROWS = [Trajectory("", *ids) for ids in zip(PROMPTS, RESPONSES, MASKS)]
-MASK = torch.tensor([[1, 0, 1, 0, 0], MASKS[1]]).bool()
-IDS = torch.tensor([[10, 11, 12, 0, 0], RESPONSES[1]])
+ROWS = [
+    Trajectory("", [5, 6, 7, 8], [10, 11, 12], [1, 0, 1]),
+    Trajectory("", [9], [13, 14, 15, 16, 17], [0, 1, 1, 0, 1]),
+]
+IDS = torch.tensor([10, 12, 14, 15, 17])  # those of mask 1
+
+
+def plain_logits(model):
+    """Those that predict IDS, (5, V), from plain forward passes."""
+    masks = [torch.tensor(row.loss_mask).bool() for row in ROWS]
+    return torch.cat([response_logits(model, row)[mask] for row, mask in zip(ROWS, masks)])
+
+
+def summed_logprobs(logits, ids):
+    """A loss to go backward through, and its statistics."""
+    value = token_logprobs(logits, ids).sum()
+    return value, {"loss": value.item()}
+
+
+def test_response_logits_predict_each_response_token(random_model):
+    """The oracle itself: token t is predicted from what stands before it, and from that alone."""
+    row = ROWS[0]
+    found = response_logits(random_model, row)  # (3, V)
+    assert len(found) == 3
+    for t in range(3):
+        seen = torch.tensor([row.prompt_ids + row.response_ids[:t]])
+        expected = random_model(input_ids=seen, use_cache=False).logits[0, -1]
+        assert torch.allclose(found[t], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("positions", [1, 2, 5, 100])
-def test_chunks_give_the_value_and_the_gradient_of_the_plain_formula(random_model, monkeypatch, positions):
+def test_chunks_give_the_value_and_the_gradient_of_the_plain_formula(
+    random_model, monkeypatch, positions
+):
     weights = torch.randn(5)
-    logits = response_logits(random_model, PROMPTS, RESPONSES)  # (2, 5, V)
-    plain = token_logprobs(logits, IDS)[MASK]  # (5,)
+    plain = token_logprobs(plain_logits(random_model), IDS)  # (5,)
     (plain * weights).sum().backward()
     expected = [p.grad.clone() for p in random_model.parameters()]
     random_model.zero_grad()
     monkeypatch.setattr(grpo, "CHUNK", positions * random_model.config.vocab_size)
     hidden = policy_hidden(random_model, ROWS)
-    assert torch.allclose(policy_logprobs(random_model, hidden, IDS[MASK]), plain, atol=1e-5)
-    loss = lambda logits, ids, weights: (token_logprobs(logits, ids) * weights).sum()  # noqa: E731
-    value = backward_in_chunks(random_model, loss, hidden, IDS[MASK], weights)
+    assert torch.allclose(policy_logprobs(random_model, hidden, IDS), plain, atol=1e-5)
+
+    def loss(logits, ids, weights):
+        value = (token_logprobs(logits, ids) * weights).sum()
+        return value, {"loss": value.item(), "tokens": len(ids)}
+
+    stats = backward_in_chunks(random_model, loss, hidden, IDS, weights)
+    sizes = {1: [1, 1, 1, 1, 1], 2: [2, 2, 1], 5: [5], 100: [5]}
+    assert [its["tokens"] for its in stats] == sizes[positions]
+    value = sum(its["loss"] for its in stats)
     assert value == pytest.approx((plain * weights).sum().item(), rel=1e-5)
     for p, gradient in zip(random_model.parameters(), expected):
         assert (p.grad - gradient).norm() < 1e-5 * gradient.norm()
 
 
-def test_only_the_policys_tokens_reach_the_output_layer_and_only_a_chunk_at_a_time(random_model, monkeypatch):
+def test_only_the_policys_tokens_reach_the_output_layer_a_chunk_at_a_time(
+    random_model, monkeypatch
+):
     monkeypatch.setattr(grpo, "CHUNK", 3 * random_model.config.vocab_size - 1)
-    seen = []
-    random_model.get_output_embeddings().register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
+    seen, layer = [], random_model.get_output_embeddings()
+    layer.register_forward_hook(lambda _, inputs, output: seen.append(len(inputs[0])))
     hidden = policy_hidden(random_model, ROWS)
-    backward_in_chunks(random_model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, IDS[MASK])
+    backward_in_chunks(random_model, summed_logprobs, hidden, IDS)
     assert seen == [2, 2, 1]  # 5 of 8 response tokens, 2 at a time
 
 
 def test_chunks_are_exact_in_float64(random_model, monkeypatch):
     model = random_model.double()
-    monkeypatch.setattr(grpo, "output_layer", lambda model: model.get_output_embeddings())  # whose logits are not rounded to float32
+    # The layer itself, whose logits are not rounded to float32.
+    monkeypatch.setattr(grpo, "to_logits", lambda model, x: model.get_output_embeddings()(x))
     gradients = []
     for positions in (1, 2, 5):
         monkeypatch.setattr(grpo, "CHUNK", positions * model.config.vocab_size)
         model.zero_grad()
         hidden = policy_hidden(model, ROWS)
-        backward_in_chunks(model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, IDS[MASK])
+        backward_in_chunks(model, summed_logprobs, hidden, IDS)
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for other in gradients[1:]:
         assert (gradients[0] - other).norm() < 1e-13 * other.norm()
@@ -254,17 +321,94 @@ def test_nothing_sampled_is_a_graph_of_zeros(random_model):
     hidden = policy_hidden(random_model, [Trajectory("", [5], [6, 7], [0, 0])])
     ids = torch.tensor([], dtype=torch.long)
     assert policy_logprobs(random_model, hidden, ids).shape == (0,)
-    assert backward_in_chunks(random_model, lambda logits, ids: token_logprobs(logits, ids).sum(), hidden, ids) == 0.0
+    stats = backward_in_chunks(random_model, summed_logprobs, hidden, ids)
+    assert sum(its["loss"] for its in stats) == 0.0
     assert all(p.grad is None or p.grad.eq(0).all() for p in random_model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2", "gemma", "phi3", "olmo2", "gpt_neox", "granite", "stablelm", "cohere"])
+@pytest.mark.parametrize("kind", [
+    "llama", "qwen2", "qwen3", "gpt2", "gemma", "phi3", "olmo2", "gpt_neox", "granite", "stablelm",
+    "cohere",
+])  # fmt: skip
 def test_the_output_layer_of_each_family_gives_its_logits(kind, small_model):
     more = {} if kind in ("gpt2", "gpt_neox") else {"num_key_value_heads": 2}
     model = small_model(kind, **more, **({"logits_scaling": 3.0} if kind == "granite" else {}))
-    found = output_layer(model)(policy_hidden(model, ROWS))
-    expected = response_logits(model, PROMPTS, RESPONSES)[MASK]
-    assert torch.allclose(found, expected, atol=1e-5)
+    found = to_logits(model, policy_hidden(model, ROWS))
+    assert torch.allclose(found, plain_logits(model), atol=1e-5)
+    check_training(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_whose_logits_are_computed_otherwise_is_refused(random_model):
+    random_model.config.logits_scaling = 2.0  # a Qwen2 does not heed it
+    with pytest.raises(ValueError, match="log-probabilities are off by"):
+        check_training(random_model)
+
+
+# ---------------------------------------------------------------- the update
+
+
+def weight_and_optimizer():
+    """A weight of two numbers at (1, 1), and SGD of rate .1, whose momentum still is (2, 2)."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=1.0)
+    weight.grad = torch.full((2,), 2.0)
+    optimizer.step()
+    with torch.no_grad():
+        weight.fill_(1.0)
+    return weight, optimizer
+
+
+def test_an_update_scales_the_gradient_down_to_the_norm_and_steps_once():
+    weight, optimizer = weight_and_optimizer()
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert clip_and_update(optimizer, 1.0) == pytest.approx(5.0)
+    # The gradient becomes (.6, .8), the momentum (2.6, 2.8).
+    assert weight.tolist() == pytest.approx([1 - 0.26, 1 - 0.28])
+    assert weight.grad is None
+    weight, optimizer = weight_and_optimizer()
+    weight.grad = torch.tensor([0.3, 0.4])  # below the norm: left as it is
+    assert clip_and_update(optimizer, 1.0) == pytest.approx(0.5)
+    assert weight.tolist() == pytest.approx([1 - 0.23, 1 - 0.24])
+
+
+@pytest.mark.parametrize("gradient", [
+    (0.0, 0.0), (math.nan, 1.0), (math.inf, 1.0), (-math.inf, math.inf), (1e38, 3e38),
+])  # fmt: skip
+def test_where_the_norm_is_zero_or_no_number_nothing_changes(gradient):
+    weight, optimizer = weight_and_optimizer()
+    momentum = optimizer.state[weight]["momentum_buffer"].clone()
+    weight.grad = torch.tensor(gradient)
+    norm = clip_and_update(optimizer, 1.0)
+    assert norm == 0.0 if gradient == (0.0, 0.0) else not math.isfinite(norm)
+    assert weight.tolist() == [1.0, 1.0] and weight.grad is None
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], momentum)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_step_is_the_plain_formula_over_its_batch(random_model, size):
+    """Two groups of two. Only the first has a winner, so advantages are 1, -1 (over the root of
+    two), 0, 0; the tokens of the second group still count in the divisor."""
+    old = [[-7.0, 0.0, -7.2], [0.0, -7.1, -7.3, 0.0, -7.0]]
+    batch = [replace(row, logprobs=values) for row, values in zip(ROWS + ROWS, old + old)]
+    loss, tokens = 0.0, 10
+    for row, advantage in zip(batch[:2], (0.5**0.5, -(0.5**0.5))):
+        mask = torch.tensor([row.loss_mask])
+        ids = torch.tensor(row.response_ids)
+        logprobs = token_logprobs(response_logits(random_model, row), ids)
+        before, A = torch.tensor([row.logprobs]), torch.tensor([advantage])
+        loss = loss + grpo_loss(logprobs[None], before, A, mask, num_tokens=tokens)[0]
+    parameters = list(random_model.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    weights = [p.detach().clone() for p in parameters]
+    config = Config(micro_batch=size, max_grad_norm=1e9)
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    stats = grpo_step(random_model, frozen_copy(random_model), optimizer, batch, rewards, config)
+    assert stats["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    for p, weight, gradient in zip(parameters, weights, gradients):
+        assert torch.allclose(p, weight - gradient, atol=1e-5)
+    assert max(gradient.abs().max() for gradient in gradients) > 1e-2
 
 
 # ---------------------------------------------------------------- TRL
@@ -273,5 +417,6 @@ def test_the_output_layer_of_each_family_gives_its_logits(kind, small_model):
 def test_parity_with_trls_log_probabilities_and_entropies():
     utils = pytest.importorskip("trl.trainer.utils")
     logits, ids = torch.randn(3, 4, 9), torch.randint(9, (3, 4))
-    assert torch.allclose(token_logprobs(logits, ids), utils.selective_log_softmax(logits, ids), atol=1e-6)
+    theirs = utils.selective_log_softmax(logits, ids)
+    assert torch.allclose(token_logprobs(logits, ids), theirs, atol=1e-6)
     assert torch.allclose(token_entropies(logits), utils.entropy_from_logits(logits), atol=1e-6)

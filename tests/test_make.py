@@ -1,22 +1,28 @@
 """micro/: what its data and its model promise. The files are those that are committed."""
 
 import json
+import random
 from pathlib import Path
-
-import pytest
-import torch
+from types import SimpleNamespace
 
 import make
-from eval import load_questions
+import pytest
+import torch
+from test_train import line_of, run_main
+
+from eval import evaluate, load_questions
+from grpo import response_logits
 from retriever import load_corpus
-from rollout import load_model
+from rollout import Trajectory, load_model
 
 MICRO = Path(make.__file__).parent
+TESTS = "evidence-test", "evidence-test-2", "evidence-test-3"
+EVIDENCE = "evidence-train", "evidence-validation", *TESTS
 
 
 @pytest.fixture(scope="module")
 def sets():
-    names = "train", "validation", "test", "evidence-train", "evidence-validation", "evidence-test", "evidence-test-2", "evidence-test-3"
+    names = "train", "validation", "test", *EVIDENCE
     return {name: load_questions(str(MICRO / f"{name}.jsonl")) for name in names}
 
 
@@ -24,12 +30,13 @@ def test_sizes_and_hops(sets):
     assert len(load_corpus(MICRO / "corpus.jsonl")) > 1000
     assert len(sets["test"]) >= 400 and len(sets["validation"]) >= 200
     for name, questions in sets.items():
-        assert {question["hops"] for question in questions} == ({3} if name.startswith("evidence") else {1, 2, 3})
+        wanted = {3} if name.startswith("evidence") else {1, 2, 3}
+        assert {question["hops"] for question in questions} == wanted
 
 
 def test_the_agent_seldom_answers_the_questions_of_the_evidence(sets):
     """Two links have to be followed, and after each it goes on with the probability 1 - EARLY."""
-    for name in ("evidence-train", "evidence-validation", "evidence-test", "evidence-test-2", "evidence-test-3"):
+    for name in EVIDENCE:
         for first, second, _ in (row["chain"] for row in sets[name]):
             assert (1 - make.EARLY[first]) * (1 - make.EARLY[second]) <= 0.1
 
@@ -41,8 +48,9 @@ def test_no_question_occurs_twice_in_text_or_in_substance(sets):
 
 
 def test_half_of_the_test_questions_are_about_entities_no_other_question_mentions(sets):
-    known = {name for part, questions in sets.items() if "test" not in part for row in questions for name in row["path"]}
-    for part in ("test", "evidence-test", "evidence-test-2", "evidence-test-3"):
+    read = [row for part, rows in sets.items() if "test" not in part for row in rows]
+    known = {name for row in read for name in row["path"]}
+    for part in ("test", *TESTS):
         held = [row for row in sets[part] if row["held_out"]]
         assert len(held) * 2 == len(sets[part])
         assert not known & {name for row in held for name in row["path"]}
@@ -60,14 +68,16 @@ def test_every_answer_can_be_found_by_following_the_passages(sets):
 def test_names_are_shared_so_that_half_a_name_finds_strangers(micro_index, sets):
     first = 0
     for row in sets["train"][:100]:
-        full, half = (micro_index.search([query], 1)[0][0].title for query in (row["path"][0], row["path"][0].split()[0]))
-        assert full == row["path"][0]
-        first += half == row["path"][0]
+        name = row["path"][0]
+        found = micro_index.search([name, name.split()[0]], 1)
+        full, half = (passages[0].title for passages in found)
+        assert full == name
+        first += half == name
     assert first < 50
 
 
-def test_the_committed_data_is_what_the_script_makes(tmp_path, command):
-    assert command("micro/make.py", "--data-only", "--out", tmp_path).returncode == 0
+def test_the_committed_data_is_what_the_script_makes(tmp_path, monkeypatch):
+    run_main(monkeypatch, make.main, "make.py", "--data-only", "--out", tmp_path)
     names = sorted(path.name for path in MICRO.glob("*.jsonl"))
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == names and len(names) == 9
     for name in names:
@@ -76,10 +86,6 @@ def test_the_committed_data_is_what_the_script_makes(tmp_path, command):
 
 def test_the_model_is_small_and_knows_no_fact(micro, sets):
     """With a retriever that finds nothing it must be at a loss: the facts are invented."""
-    from types import SimpleNamespace
-
-    from eval import evaluate
-
     model, tokenizer = micro
     assert sum(p.numel() for p in model.parameters()) < 2_000_000
     assert (MICRO / "model/model.safetensors").stat().st_size < 8_000_000
@@ -88,16 +94,16 @@ def test_the_model_is_small_and_knows_no_fact(micro, sets):
 
 
 def test_the_demonstrations_are_clumsy_and_the_efficient_ones_are_right():
-    import random
-
     rng = random.Random(0)
     world = make.World(rng, make.name_pools(rng))
     questions = [q for q in (world.question(rng, 2) for _ in range(300)) if q]
     right = {}
     for name in ("clumsy", "efficient"):
-        plays = [make.demonstrate(rng, world, question, clumsy=name == "clumsy") for question in questions]
-        right[name] = sum(f"<answer> {q['golden_answers'][0]}</answer>" in play[-1] for q, play in zip(questions, plays))
-        assert all(sum(isinstance(step, list) for step in play) <= make.MAX_SEARCHES for play in plays)
+        clumsy, right[name] = name == "clumsy", 0
+        for question in questions:
+            play = make.demonstrate(rng, world, question, clumsy=clumsy)
+            right[name] += f"<answer> {question['golden_answers'][0]}</answer>" in play[-1]
+            assert sum(isinstance(step, list) for step in play) <= make.MAX_SEARCHES
     assert right["efficient"] == len(questions) > right["clumsy"] > len(questions) / 3
 
 
@@ -108,22 +114,75 @@ def test_the_data_is_json_lines_of_the_documented_form():
 
 
 def test_a_real_question_is_demonstrated_by_what_is_found(three):
-    question = {"question": "Whose engine, Lovelace?", "golden_answers": ["Ada Lovelace"], "supporting_titles": ["Ada Lovelace", "London"]}
+    question = {
+        "question": "Whose engine, Lovelace?", "golden_answers": ["Ada Lovelace"],
+        "supporting_titles": ["Ada Lovelace", "London"],
+    }  # fmt: skip
     steps = make.demonstrate_real(three, question)
-    assert [type(step) for step in steps] == [str, list, str, list, str]  # the question itself finds Ada
-    assert "<search> Whose engine, Lovelace? </search>" in steps[0] and "<search> London </search>" in steps[2]
+    kinds = [type(step) for step in steps]
+    assert kinds == [str, list, str, list, str]  # the question itself finds Ada
+    assert "<search> Whose engine, Lovelace? </search>" in steps[0]
+    assert "<search> London </search>" in steps[2]
     assert steps[-1].endswith("<answer> Ada Lovelace </answer>")
     assert make.demonstrate_real(three, {**question, "golden_answers": ["a bus driver"]}) is None
 
 
-def test_a_real_model_is_given_its_start(tmp_path, command, micro):
+def test_a_demonstration_is_written_as_a_rollout_is(tokenizer, three):
+    """Its passages are those of its observations: a privileged prompt writes them anew."""
+    question = {"question": "Who, Babbage?", "golden_answers": ["Charles Babbage"]}
+    steps = make.demonstrate_real(three, question)
+    made = make.as_trajectory(tokenizer, steps, "Who, Babbage?", [1])
+    assert made.passages == [step for step in steps if isinstance(step, list)]
+    sizes = {len(made.response_ids), len(made.loss_mask), len(made.logprobs)}
+    assert len(sizes) == 1 and {*made.loss_mask} == {0, 1}
+
+
+def test_the_padded_forward_pass_is_the_plain_one(micro):
+    """The supervised training's: rows of any length, each as if it stood alone."""
+    rows = [Trajectory("", [5, 6, 7], [8, 9]), Trajectory("", [10], [11, 12, 13, 14])]
+    prompts, responses = [row.prompt_ids for row in rows], [row.response_ids for row in rows]
+    padded = make.padded_logits(micro[0], prompts, responses)
+    for row, logits in zip(rows, padded):
+        plain = response_logits(micro[0], row)
+        assert torch.allclose(logits[: len(plain)], plain, atol=1e-4)
+
+
+def test_a_real_model_is_given_its_start(tmp_path, monkeypatch, capsys, micro):
     """The command end to end, on micro/model."""
-    how = "--model", "micro/model", "--questions", "micro/train.jsonl", "--corpus", "micro/corpus.jsonl", "--count", "6"
-    done = command("micro/make.py", *how, "--out", tmp_path / "started")
-    assert done.returncode == 0, done.stderr
-    assert "6 demonstrations from 1080 questions" in done.stdout
+    how = [
+        "--model", "micro/model", "--questions", "micro/train.jsonl",
+        "--corpus", "micro/corpus.jsonl", "--count", "6", "--out", tmp_path / "started",
+    ]  # fmt: skip
+    run_main(monkeypatch, make.main, "make.py", *how)
+    assert "6 demonstrations from 1080 questions" in capsys.readouterr().out
     started, tokenizer = load_model(str(tmp_path / "started"))
     assert tokenizer.init_kwargs["search_prompt"] == "{question}"
     assert not torch.equal(next(started.parameters()), next(micro[0].parameters()))
-    again = command("micro/make.py", *how, "--out", tmp_path / "started")
-    assert again.returncode == 2 and "holds a model already" in again.stderr
+    run_main(monkeypatch, make.main, "make.py", *how, status=2)
+    assert "holds a model already" in line_of(capsys)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--frobnicate"],
+        ["--model", "micro/model"],
+        ["--model", "m", "--questions", "q", "--corpus", "c", "--count", "0"],
+        ["--count", "many"],
+    ],
+)
+def test_wrong_flags_are_one_line(flags, tmp_path, monkeypatch, capsys):
+    run_main(monkeypatch, make.main, "make.py", "--out", tmp_path / "made", *flags, status=2)
+    line_of(capsys)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_model_is_measured_by_the_same_functions(monkeypatch, capsys):
+    """--check, on twelve questions."""
+    few = lambda path: load_questions(path)[:12]  # noqa: E731
+    monkeypatch.setattr(make, "load_questions", few)
+    run_main(monkeypatch, make.main, "make.py", "--check", "micro/model")
+    told = json.loads(capsys.readouterr().out)
+    assert {"greedy", "sampled", "pairs", "nothing_found", "edge", "edge_supported"} <= told.keys()
+    counts = [told[name] for name in ("pairs", "no_correct", "no_contrast", "too_long")]
+    assert sum(counts) == 12

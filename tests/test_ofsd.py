@@ -1,24 +1,26 @@
 """ofsd.py: every case of the mining rule, the privileged prompt, and the divergences in numbers."""
 
-import json
+import copy
 import math
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
 import grpo
-from grpo import backward_in_chunks, output_layer, policy_hidden
-from make import response_logits
+from grpo import backward_in_chunks, policy_hidden, response_logits, to_logits
 from ofsd import (
-    Adapters, difference, distill_loss, divergence_terms, divergences, mine_pair, privileged_prompt, query_mask,
+    PRIVILEGED, LoRA, Pair, add_adapters, difference, distill_loss, divergences, layers_of,
+    merge_adapters, mine_pair, mine_pairs, ofsd_step, privileged_prompt, token_divergences,
 )  # fmt: skip
-from retriever import BadInput, Passage
-from rollout import TAGS, Trajectory, chat_ids, decode, encode, observation_ids, rollout, spans, standard_prompt
+from retriever import Passage
+from rollout import (
+    TAGS, Trajectory, chat_ids, context_length, decode, encode, observation_ids, spans,
+    standard_prompt,
+)  # fmt: skip
+from train import Config
 
-ROOT = Path(__file__).resolve().parent.parent
-
-P, Q = (0.6, 0.3, 0.1), (0.2, 0.3, 0.5)  # teacher, student: METHOD's test vector
+P, Q = (0.6, 0.3, 0.1), (0.2, 0.3, 0.5)  # what teacher and student think of three words
 
 
 def asked(*queries):
@@ -70,15 +72,15 @@ def test_difference_worked_by_hand():
 
 @pytest.fixture
 def reference(tokenizer):
-    trajectory = Trajectory("Who?", [], answer="Ada")
+    """A correct trajectory: a search that found two passages, an answer, and the stop token."""
     found = [Passage("0", "Long", "many words " * 60), Passage("1", "Short", "just this")]
-    for text in ("<think> hm</think>\n<search> Ada</search>", found, "<think> so</think>\n<answer> Ada</answer>"):
-        if isinstance(text, str):
-            ids = encode(tokenizer, text)
-            trajectory.extend(ids, [-1.0] * len(ids))
-        else:
-            trajectory.extend(observation_ids(tokenizer, text, 512))
-    trajectory.extend([tokenizer.eos_token_id], [-1.0])
+    first = encode(tokenizer, "<think> hm</think>\n<search> Ada</search>")
+    last = encode(tokenizer, "<think> so</think>\n<answer> Ada</answer>")
+    last += [tokenizer.eos_token_id]
+    trajectory = Trajectory("Who?", [], queries=["Ada"], answer="Ada", passages=[found])
+    trajectory.extend(first, [-1.0] * len(first))
+    trajectory.extend(observation_ids(tokenizer, found, 512))
+    trajectory.extend(last, [-1.0] * len(last))
     return trajectory
 
 
@@ -94,22 +96,108 @@ def test_both_prompts_end_in_the_same_header_and_the_reference_is_whole(tokenize
     standard = decode(tokenizer, chat_ids(tokenizer, standard_prompt(tokenizer, "Who wrote it?")))
     header = "<|im_end|>\n<|im_start|>assistant\n"
     assert text.endswith(header) and standard.endswith(header)
-    assert text.count("<|im_end|>") == text.count("<|im_start|>") - 1 == 1  # the reference's own stop is harmless
+    # The reference's own stop token is harmless.
+    assert text.count("<|im_end|>") == text.count("<|im_start|>") - 1 == 1
+    assert "<answer> Ada</answer>(|im_end|)" in text
     assert "Who wrote it?" in text and "many words " * 59 in text
-    assert text.index("<think> hm</think>") < text.index("- Long:") < text.index("<answer> Ada</answer>")
+    places = [text.index(part) for part in ("<think> hm</think>", "- Long:", "<answer> Ada")]
+    assert places == sorted(places)
 
 
-def test_too_long_a_reference_loses_passage_words_longest_first_and_nothing_else(tokenizer, reference):
+def test_too_long_a_reference_loses_passage_words_longest_first_and_nothing_else(
+    tokenizer, reference
+):
     whole = privileged_prompt(tokenizer, "Who wrote it?", reference, 1000)
     cut = privileged_prompt(tokenizer, "Who wrote it?", reference, len(whole) - 50)
     text = decode(tokenizer, cut)
     assert len(whole) - 60 <= len(cut) <= len(whole) - 50
     assert "Short: just this" in text and "- Long: many words" in text
-    for kept in ("Who wrote it?", "<search> Ada</search>", "<information>", "</information>", "<answer> Ada</answer>"):
-        assert kept in text
-    shortest = len(whole) - sum(len(encode(tokenizer, t)) for t in ("Long: " + "many words " * 60, "Short: just this"))
-    assert privileged_prompt(tokenizer, "Who wrote it?", reference, shortest + 5) is not None
-    assert privileged_prompt(tokenizer, "Who wrote it?", reference, shortest - 5) is None
+    own = ("Who wrote it?", "<think> hm</think>\n<search> Ada</search>", "<information>",
+           "</information>", "<think> so</think>\n<answer> Ada</answer>")  # fmt: skip
+    assert all(kept in text for kept in own)
+    # With every word of the passages gone it is as short as it gets.
+    shown = (
+        "<think> hm</think>\n<search> Ada</search>\n<information>\n\n\n</information>\n"
+        "<think> so</think>\n<answer> Ada</answer>(|im_end|)"
+    )
+    prompt = standard_prompt(tokenizer, "Who wrote it?")
+    shortest = chat_ids(tokenizer, PRIVILEGED.format(prompt=prompt, reference=shown))
+    room = len(shortest)
+    assert privileged_prompt(tokenizer, "Who wrote it?", reference, room) == shortest
+    assert privileged_prompt(tokenizer, "Who wrote it?", reference, room - 1) is None
+
+
+def test_as_much_of_the_passages_as_fits_is_kept(tokenizer, reference):
+    """Against all budgets of an observation, tried one by one."""
+    first = "<think> hm</think>\n<search> Ada</search>"
+    last = "<think> so</think>\n<answer> Ada</answer>"
+    forms = []
+    for budget in range(120):
+        seen = decode(tokenizer, observation_ids(tokenizer, reference.passages[0], budget))
+        shown = first + seen + last + "(|im_end|)"
+        prompt = standard_prompt(tokenizer, "Who?")
+        forms.append(chat_ids(tokenizer, PRIVILEGED.format(prompt=prompt, reference=shown)))
+    for room in range(len(forms[0]), len(forms[-1]), 5):
+        found = privileged_prompt(tokenizer, "Who?", reference, room)
+        assert found in forms
+        assert len(found) == max(len(form) for form in forms if len(form) <= room)
+
+
+def test_each_observation_of_the_reference_is_cut_to_passages_of_its_own(tokenizer):
+    """Two searches: each observation holds what its own search found, before and after a cut."""
+    trajectory = Trajectory("Who?", [], queries=["a", "b"], answer="x")
+    for title, turn in (("One", "<search> a</search>"), ("Two", "<search> b</search>")):
+        found = [Passage("0", title, "many words " * 30)]
+        trajectory.extend(said := encode(tokenizer, turn), [-1.0] * len(said))
+        trajectory.extend(observation_ids(tokenizer, found, 512))
+        trajectory.passages.append(found)
+    trajectory.extend(said := encode(tokenizer, "<answer> x</answer>"), [-1.0] * len(said))
+    whole = privileged_prompt(tokenizer, "Who?", trajectory, 1000)
+    cut = privileged_prompt(tokenizer, "Who?", trajectory, len(whole) - 40)
+    assert len(cut) <= len(whole) - 40
+    for ids in (whole, cut):
+        text = decode(tokenizer, ids)
+        parts = ("<search> a</search>", "- One: many words many", "<search> b</search>",
+                 "- Two: many words many", "<answer> x</answer>")  # fmt: skip
+        places = [text.index(part) for part in parts]
+        assert places == sorted(places)
+
+
+def test_the_reference_may_hold_tags(tokenizer, reference):
+    text = decode(tokenizer, privileged_prompt(tokenizer, "Who?", reference, 1000))
+    assert all(tag in text for tag in TAGS)
+
+
+def test_pairs_of_several_questions_and_why_others_gave_none(micro, reference):
+    model, tokenizer = micro
+    wrong = replace(reference, answer="Eve", queries=["Eve"])
+    questions = [{"id": str(i), "question": f"Who is {i}?"} for i in range(4)]
+    groups = [reference, wrong, wrong, wrong, reference, reference, wrong, reference]
+    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    pairs, counts = mine_pairs(model, tokenizer, questions, groups, rewards, 1000)
+    assert counts == {"pairs": 2, "no_correct": 1, "no_contrast": 1, "too_long": 0}
+    assert [pair.question for pair in pairs] == [questions[0], questions[3]]
+    for pair, text in zip(pairs, ("Who is 0?", "Who is 3?")):
+        assert pair.reference is reference and pair.student is wrong
+        assert pair.prompt == privileged_prompt(tokenizer, text, reference, 1000)
+    assert [pair.rewards for pair in pairs] == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_privileged_prompt_leaves_room_for_the_response(micro, reference):
+    """In the model's context, the privileged prompt and the student's response stand together."""
+    model, tokenizer = micro
+    whole = len(privileged_prompt(tokenizer, "Who?", reference, 1000))
+    mine = lambda response, most=1000: mine_pairs(
+        model, tokenizer, [{"question": "Who?"}],
+        [reference, Trajectory("Who?", [], [5] * response, [1] * response)], [1.0, 0.0], most,
+    )  # fmt: skip
+    for room in (whole, whole - 50):  # the context has so much left for the prompt
+        pairs, counts = mine(context_length(model) - room)
+        assert counts["pairs"] == 1 and counts["too_long"] == 0
+        assert room - 10 <= len(pairs[0].prompt) <= room
+    assert len(mine(10, most=whole - 50)[0][0].prompt) <= whole - 50  # the setting is a limit, too
+    pairs, counts = mine(context_length(model) - 30)
+    assert pairs == [] and counts["too_long"] == 1 and counts["pairs"] == 0
 
 
 # ---------------------------------------------------------------- the loss
@@ -117,7 +205,8 @@ def test_too_long_a_reference_loses_passage_words_longest_first_and_nothing_else
 
 def loss_and_gradient(teacher=P, student=Q, **how):
     logits = torch.tensor([[student]], dtype=torch.float64).log().requires_grad_()  # (1, 1, 3)
-    loss = distill_loss(logits, torch.tensor([[teacher]], dtype=torch.float64).log(), torch.ones(1, 1), **how)
+    wanted = torch.tensor([[teacher]], dtype=torch.float64).log()  # (1, 1, 3)
+    loss = distill_loss(logits, wanted, torch.ones(1, 1), **how)
     loss.backward()
     return loss.item(), logits.grad[0, 0].tolist()
 
@@ -151,10 +240,11 @@ def closed_form(p, q, kind):
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_gradients_equal_the_closed_forms_in_float64(kind):
     torch.manual_seed(0)
-    student, teacher = torch.randn(3, 4, 7, dtype=torch.float64).requires_grad_(), torch.randn(3, 4, 7).double()
-    mask = torch.randint(0, 2, (3, 4))
+    student = torch.randn(3, 4, 7, dtype=torch.float64).requires_grad_()
+    teacher, mask = torch.randn(3, 4, 7).double(), torch.randint(0, 2, (3, 4))
     distill_loss(student, teacher, mask, kind=kind).backward()
-    expected = closed_form(teacher.softmax(-1), student.detach().softmax(-1), kind) * mask[..., None] / mask.sum()
+    expected = closed_form(teacher.softmax(-1), student.detach().softmax(-1), kind)
+    expected = expected * mask[..., None] / mask.sum()
     assert torch.allclose(student.grad, expected, atol=1e-12)
 
 
@@ -167,6 +257,22 @@ def test_the_papers_clip_reverses_the_correction():
     assert value == pytest.approx(-0.110944, abs=1e-6)  # below zero: no divergence
     assert gradient == pytest.approx([0.08, -0.18, 0.10])
     assert loss_and_gradient()[1][0] < 0 < gradient[0]
+    # One step of SGD on the logits, then. The teacher gives word 0 a probability of .6, the
+    # student one of .2: without a clip it rises, and with the paper's it falls.
+    after = {}
+    for clip in ("none", "entry"):
+        logits = torch.tensor([[Q]], dtype=torch.float64).log().requires_grad_()
+        optimizer = torch.optim.SGD([logits], lr=0.5)
+        wanted = torch.tensor([[P]], dtype=torch.float64).log()
+        distill_loss(logits, wanted, torch.ones(1, 1), clip=clip, tau=0.05).backward()
+        optimizer.step()
+        after[clip] = logits.softmax(-1)[0, 0, 0].item()
+    assert after["entry"] < Q[0] < after["none"] < P[0]
+    # By hand: the logits are ln q minus half the gradient, so q_i is multiplied by e^(-g_i / 2).
+    none = 0.2 * math.exp(0.2), 0.3, 0.5 * math.exp(-0.2)
+    entry = 0.2 * math.exp(-0.04), 0.3 * math.exp(0.09), 0.5 * math.exp(-0.05)
+    assert after["none"] == pytest.approx(none[0] / sum(none))
+    assert after["entry"] == pytest.approx(entry[0] / sum(entry))
 
 
 def test_the_clip_by_position_keeps_the_direction():
@@ -174,12 +280,14 @@ def test_the_clip_by_position_keeps_the_direction():
     value, gradient = loss_and_gradient(clip="position", tau=0.05)
     assert value == pytest.approx(0.05)
     assert gradient == pytest.approx([0.05 / exact * g for g in direction])
-    assert loss_and_gradient(clip="position", tau=1.0) == (pytest.approx(exact), pytest.approx(direction))
+    value, gradient = loss_and_gradient(clip="position", tau=1.0)  # too high to do anything
+    assert value == pytest.approx(exact) and gradient == pytest.approx(direction)
 
 
 def test_entry_clips_the_named_divergences_own_terms():
     # reverse: d = (.2 ln(1/3), 0, .5 ln 5) = (-.21972, 0, .80472), capped at .05
-    assert loss_and_gradient(kind="reverse_kl", clip="entry")[0] == pytest.approx(-0.21972 + 0.05, abs=1e-5)
+    value, _ = loss_and_gradient(kind="reverse_kl", clip="entry")
+    assert value == pytest.approx(-0.21972 + 0.05, abs=1e-5)
 
 
 def test_names_are_checked():
@@ -238,17 +346,17 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_size(size):
     whole, parts = (student.clone().requires_grad_() for _ in range(2))
     distill_loss(whole, teacher, mask).backward()
     for i in range(0, len(student), size):
-        piece = slice(i, i + size)
-        distill_loss(parts[piece], teacher[piece], mask[piece], num_tokens=mask.sum()).backward()
+        piece = [x[i : i + size] for x in (parts, teacher, mask)]
+        distill_loss(*piece, num_tokens=mask.sum()).backward()
     assert torch.allclose(whole.grad, parts.grad, rtol=1e-12)
 
 
 def test_equal_distributions_have_no_divergence_and_it_is_never_negative():
     torch.manual_seed(1)
-    log_p, log_q = torch.randn(2, 50, 9).double().log_softmax(-1)
+    one, two = torch.randn(2, 50, 9).double()
     for kind in ("forward_kl", "reverse_kl", "jsd"):
-        assert divergence_terms(log_p, log_p, kind).sum(-1).abs().max() < 1e-12
-        assert divergence_terms(log_p, log_q, kind).sum(-1).min() > 0
+        assert divergences(one, one, kind=kind).abs().max() < 1e-12
+        assert divergences(one, two, kind=kind).min() > 0
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
@@ -257,9 +365,11 @@ def test_neither_padding_nor_order_changes_loss_or_gradient(kind, clip):
     student, teacher, mask = random_logits()
     order, results = torch.tensor([4, 2, 0, 1, 3]), []
     for pad, rows in ((0, torch.arange(5)), (3, order)):
-        padded = [torch.nn.functional.pad(x, (0, 0, 0, pad), value=7.0)[rows] for x in (student, teacher)]
+        pad_by = lambda x: torch.nn.functional.pad(x, (0, 0, 0, pad), value=7.0)
+        padded = [pad_by(x)[rows] for x in (student, teacher)]
         padded[0].requires_grad_()
-        loss = distill_loss(*padded, torch.nn.functional.pad(mask, (0, pad))[rows], kind=kind, clip=clip)
+        padded_mask = torch.nn.functional.pad(mask, (0, pad))[rows]
+        loss = distill_loss(*padded, padded_mask, kind=kind, clip=clip)
         loss.backward()
         results.append((loss, padded[0].grad[torch.argsort(rows), :6]))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-12)
@@ -270,153 +380,206 @@ def test_a_word_that_is_impossible_for_one_of_the_two():
     """p = (.5, .5, 0) and q = (.2, 0, .8), and the other way round: KL is infinite where the first
     holds a word that the second excludes, finite in the other direction, and JSD is always finite:
     m = (.35, .25, .4), JSD = (.5 ln(.5/.35) + .5 ln(.5/.25) + .2 ln(.2/.35) + .8 ln(.8/.4)) / 2."""
-    p, q = (torch.tensor([[[*values]]], dtype=torch.float64).log() for values in ((0.5, 0.5, 0.0), (0.2, 0.0, 0.8)))
+    logits = lambda *values: torch.tensor([[values]], dtype=torch.float64).log()  # (1, 1, 3)
+    p, q = logits(0.5, 0.5, 0.0), logits(0.2, 0.0, 0.8)
     ones, student = torch.ones(1, 1), q.clone().requires_grad_()
     loss = distill_loss(student, p, ones)
     loss.backward()
     assert loss.item() == math.inf
-    assert student.grad.flatten().tolist() == pytest.approx([0.2 - 0.5, 0.0 - 0.5, 0.8])  # p_S - p_T still
+    # The gradient still is p_S - p_T.
+    assert student.grad.flatten().tolist() == pytest.approx([0.2 - 0.5, 0.0 - 0.5, 0.8])
     assert distill_loss(q, p, ones, kind="reverse_kl").item() == math.inf
     student = q.clone().requires_grad_()
     loss = distill_loss(student, p, ones, kind="jsd")
     loss.backward()
-    expected = 0.5 * math.log(0.5 / 0.35) + 0.5 * math.log(2) + 0.2 * math.log(0.2 / 0.35) + 0.8 * math.log(2)
+    expected = 0.5 * math.log(0.5 / 0.35) + 0.5 * math.log(2)
+    expected += 0.2 * math.log(0.2 / 0.35) + 0.8 * math.log(2)
     assert loss.item() == pytest.approx(expected / 2) and student.grad.isfinite().all()
     # One that only the student's excess excludes: .5 ln(.5/.2) + .5 ln(.5/.2)
-    one, two = (torch.tensor([[[*values]]], dtype=torch.float64).log() for values in ((0.5, 0.5, 0.0), (0.2, 0.2, 0.6)))
+    one, two = logits(0.5, 0.5, 0.0), logits(0.2, 0.2, 0.6)
     assert distill_loss(two, one, ones).item() == pytest.approx(math.log(2.5))
     assert distill_loss(one, two, ones, kind="reverse_kl").item() == pytest.approx(math.log(2.5))
 
 
-def test_divergences_in_chunks_are_those_of_the_plain_formula(random_model, monkeypatch):
-    model, mask = random_model, torch.tensor([[1, 1, 0], [0, 1, 1]])
-    prompts, privileged, responses = [[3], [4, 5]], [[3, 8, 9], [4, 5, 6]], [[10, 11, 12], [13, 14, 15]]
-    students = [Trajectory("", *ids) for ids in zip(prompts, responses, mask.tolist())]
-    how = dict(kind="jsd", clip="position", tau=0.01)
+PAIRS = [
+    Pair({}, Trajectory("", []), Trajectory("", [3], [10, 11, 12], [1, 1, 0]), [3, 8, 9], []),
+    Pair({}, Trajectory("", []), Trajectory("", [4, 5], [13, 14, 15], [0, 1, 1]), [4, 5, 6], []),
+]
+
+
+def plain_loss(model, teacher, **how):
+    """distill_loss of PAIRS, from a plain forward pass for each prompt."""
+    students = [response_logits(model, pair.student) for pair in PAIRS]
     with torch.no_grad():
-        teacher = response_logits(model, privileged, responses)  # (2, 3, V)
-    plain = distill_loss(response_logits(model, prompts, responses), teacher, mask, **how)
+        privileged = [replace(pair.student, prompt_ids=pair.prompt) for pair in PAIRS]
+        teachers = [response_logits(teacher, row) for row in privileged]
+    mask = torch.tensor([pair.student.loss_mask for pair in PAIRS])  # (2, 3)
+    return distill_loss(torch.stack(students), torch.stack(teachers), mask, **how)
+
+
+def test_divergences_in_chunks_are_those_of_the_plain_formula(random_model, monkeypatch):
+    model, how = random_model, dict(kind="jsd", clip="position", tau=0.01)
+    plain = plain_loss(model, model, **how)
     plain.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     monkeypatch.setattr(grpo, "CHUNK", 3 * model.config.vocab_size)
-    head = output_layer(model)
     with torch.no_grad():
-        teacher_hidden = policy_hidden(model, students, privileged)
-    hidden = policy_hidden(model, students)
-    loss = lambda logits, read: divergences(logits, head(read).detach(), **how).sum() / 4  # noqa: E731
-    assert backward_in_chunks(model, loss, hidden, teacher_hidden) == pytest.approx(plain.item(), rel=1e-5)
+        prompts = [pair.prompt for pair in PAIRS]
+        teacher_hidden = policy_hidden(model, [pair.student for pair in PAIRS], prompts)
+    hidden = policy_hidden(model, [pair.student for pair in PAIRS])
+
+    def loss(logits, read):
+        value = divergences(logits, to_logits(model, read).detach(), **how).sum() / 4
+        return value, {"loss": value.item()}
+
+    stats = backward_in_chunks(model, loss, hidden, teacher_hidden)
+    assert len(stats) == 2  # 4 positions, 3 at a time
+    assert sum(its["loss"] for its in stats) == pytest.approx(plain.item(), rel=1e-5)
     for p, gradient in zip(model.parameters(), expected):
         assert (p.grad - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_the_divergence_of_each_token_to_look_at(random_model):
+    student = PAIRS[1].student
+    privileged = replace(student, prompt_ids=PAIRS[1].prompt)
+    values = token_divergences(random_model, PAIRS[1])
+    with torch.no_grad():
+        logits = response_logits(random_model, student), response_logits(random_model, privileged)
+    expected = divergences(*logits)  # forward KL
+    assert values[0] is None and values[1:] == pytest.approx(expected[1:].tolist(), rel=1e-4)
+    assert min(values[1:]) > 0.0
 
 
 def test_parity_with_trls_self_distillation():
     utils = pytest.importorskip("trl.experimental.sdpo.loss_utils")
     student, teacher = torch.randn(2, 3, 4, 9)
+    loss = utils.compute_full_logit_self_distillation_loss
     for kind, alpha in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5)):
-        theirs = utils.compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=alpha)
+        theirs = loss(student, teacher, distillation_alpha=alpha)
         ours = divergences(student.flatten(0, 1), teacher.flatten(0, 1), kind=kind)
         assert torch.allclose(ours, theirs.flatten(), atol=1e-6)
 
 
 # ---------------------------------------------------------------- LoRA
 
+PROBE = Trajectory("", [5, 6], [7, 8, 9], [1, 1, 1])
+
 
 def logits_of(model):
     with torch.no_grad():
-        return response_logits(model, [[5, 6]], [[7, 8, 9]])
+        return response_logits(model, PROBE)
 
 
-def train_a_little(adapters, model, seed=0):
-    torch.manual_seed(seed)
-    optimizer = torch.optim.SGD(adapters.parameters(), lr=0.5)
+def adapters_of(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train_a_little(model):
+    optimizer = torch.optim.SGD(adapters_of(model), lr=0.5)
     for _ in range(3):
-        optimizer.zero_grad()
-        response_logits(model, [[5, 6]], [[7, 8, 9]])[..., 4].mean().neg().backward()
+        response_logits(model, PROBE)[:, 4].mean().neg().backward()
         optimizer.step()
+        optimizer.zero_grad()
 
 
-def test_untrained_adapters_change_nothing(random_model):
+def test_untrained_adapters_change_nothing(random_model, monkeypatch):
     before = logits_of(random_model)
-    adapters = Adapters(random_model, 4)
-    assert torch.equal(logits_of(random_model), before)  # student equals teacher, given the same prompt
-    with adapters.off():
-        assert torch.equal(logits_of(random_model), before)
+    add_adapters(random_model, 4)
+    # So the student equals the teacher, if they have the same prompt.
+    assert torch.equal(logits_of(random_model), before)
+    monkeypatch.setattr(LoRA, "on", False)
+    assert torch.equal(logits_of(random_model), before)
 
 
-def test_only_the_adapters_are_trained_and_off_is_the_model_before(random_model):
-    before, weights = logits_of(random_model), {name: p.clone() for name, p in random_model.named_parameters()}
-    adapters = Adapters(random_model, 4)
+def test_only_the_adapters_are_trained_and_off_is_the_model_before(random_model, monkeypatch):
+    before = logits_of(random_model)
+    weights = {name: p.clone() for name, p in random_model.named_parameters()}
+    add_adapters(random_model, 4)
     # 4 layers of seven products: q, k, v, o (128 x 128), gate, up, down (128 x 512)
-    assert sum(p.numel() for p in adapters.parameters()) == 4 * 4 * (4 * 256 + 3 * 640)
-    train_a_little(adapters, random_model)
+    assert sum(p.numel() for p in adapters_of(random_model)) == 4 * 4 * (4 * 256 + 3 * 640)
+    train_a_little(random_model)
     assert not torch.allclose(logits_of(random_model), before, atol=1e-2)
-    with adapters.off():
-        assert torch.equal(logits_of(random_model), before)
-    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in random_model.named_parameters())
+    monkeypatch.setattr(LoRA, "on", False)
+    assert torch.equal(logits_of(random_model), before)
+    frozen = {
+        name.replace(".linear.", "."): p
+        for name, p in random_model.named_parameters() if not p.requires_grad
+    }  # fmt: skip
+    assert frozen.keys() == weights.keys()
+    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in frozen.items())
 
 
-def test_the_merged_model_equals_the_adapted_one(random_model):
+def test_adapters_are_the_same_on_every_device_and_differ_from_layer_to_layer(small_model):
+    """Each device adds them for itself, whatever it drew before."""
+    found = []
+    for seed in (1, 2):
+        model = small_model("llama")
+        torch.manual_seed(seed)
+        add_adapters(model, 4)
+        found.append([lora.A for _, _, lora in layers_of(model, LoRA)])
+    assert len(found[0]) == 14 and all(map(torch.equal, *found))
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+def test_the_merged_model_equals_the_adapted_one(random_model, monkeypatch):
     embedding = random_model.get_input_embeddings().weight.clone()
     names = [name for name, _ in random_model.named_parameters()]
-    adapters = Adapters(random_model, 4)
-    train_a_little(adapters, random_model)
+    add_adapters(random_model, 4)
+    train_a_little(random_model)
     adapted = logits_of(random_model)
-    adapters.merge()
+    merge_adapters(random_model)
     assert torch.allclose(logits_of(random_model), adapted, atol=1e-5)
     assert [name for name, _ in random_model.named_parameters()] == names
+    assert layers_of(random_model, LoRA) == []
     assert all(p.requires_grad for p in random_model.parameters())
     assert torch.equal(random_model.get_input_embeddings().weight, embedding)
     # The next round begins from the merged weights.
-    again = Adapters(random_model, 4)
-    with again.off():
-        assert torch.allclose(logits_of(random_model), adapted, atol=1e-5)
+    add_adapters(random_model, 4)
+    monkeypatch.setattr(LoRA, "on", False)
+    assert torch.allclose(logits_of(random_model), adapted, atol=1e-5)
 
 
 def test_a_merge_in_bfloat16_would_lose_a_small_update(random_model):
-    adapters = Adapters(random_model, 4)
-    linear, a, b, _ = adapters.layers[0]
+    add_adapters(random_model, 4)
+    _, _, lora = layers_of(random_model, LoRA)[0]
     with torch.no_grad():
-        b.normal_(std=1e-5)
-    update = 2 * b @ a
+        lora.B.normal_(std=1e-5)
+    update, linear = 2 * lora.B @ lora.A, lora.linear
     before, half = linear.weight.clone(), linear.weight.bfloat16()
-    adapters.merge()
-    assert linear.weight.dtype == torch.float32 and torch.allclose(linear.weight - before, update, atol=1e-8)
+    merge_adapters(random_model)
+    assert linear.weight.dtype == torch.float32
+    assert torch.allclose(linear.weight - before, update, atol=1e-8)
     lost = (half + update.bfloat16() == half).float().mean()
     assert lost > 0.95  # of 8 bits of mantissa nothing is left for a change of a ten-thousandth
 
 
 def test_a_model_without_linear_layers_is_refused(small_model):
-    with pytest.raises(BadInput, match="gpt2 has no torch.nn.Linear layer"):
-        Adapters(small_model("gpt2"), 4)
+    model = small_model("gpt2")
+    with pytest.raises(ValueError, match="is no torch.nn.Linear, which adapters need"):
+        add_adapters(model, 4)
+    assert all(p.requires_grad for p in model.parameters()) and layers_of(model, LoRA) == []
 
 
-# ---------------------------------------------------------------- what is aligned, what is read
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_teacher_of_adapters_is_the_model_without_them(random_model, size):
+    """A step, against plain forward passes and a teacher that never had adapters."""
+    teacher = copy.deepcopy(random_model)
+    add_adapters(random_model, 4)
+    train_a_little(random_model)
+    adapters = adapters_of(random_model)
+    expected = plain_loss(random_model, teacher)
+    gradients = torch.autograd.grad(expected, adapters)
+    # With its adapters on, the model would be another teacher.
+    assert abs(expected.item() - plain_loss(random_model, random_model).item()) > 0.01
 
-
-def test_the_query_mask_holds_the_queries_and_nothing_else(micro, micro_index):
-    model, tokenizer = micro
-    questions = [json.loads(line)["question"] for line in open(ROOT / "micro/train.jsonl", encoding="utf-8")][:6]
-    rows = rollout(model, tokenizer, micro_index, questions, seed=0)
-    assert sum(len(row.queries) for row in rows) > 6
-    for row in rows:
-        mask = query_mask(tokenizer, row)
-        assert len(mask) == len(row.loss_mask) and all(m <= sampled for m, sampled in zip(mask, row.loss_mask))
-        kept = decode(tokenizer, [token for token, m in zip(row.response_ids, mask) if m])
-        assert kept.split() == " ".join(row.queries).split()
-
-
-def test_the_teacher_may_read_only_queries_and_answer(tokenizer, reference):
-    whole = decode(tokenizer, privileged_prompt(tokenizer, "Who?", reference, 1000))
-    short = decode(tokenizer, privileged_prompt(tokenizer, "Who?", reference, 1000, reads="queries"))
-    assert "<information>" in whole and "<information>" not in short and "<think>" not in short
-    for query in reference.queries:
-        assert f"<search> {query} </search>" in short
-    assert f"<answer> {reference.answer} </answer>" in short and short.startswith(whole[:20])
-    with pytest.raises(ValueError, match="reads is"):
-        privileged_prompt(tokenizer, "Who?", reference, 1000, reads="answer")
-
-
-def test_the_reference_may_hold_tags(tokenizer, reference):
-    text = decode(tokenizer, privileged_prompt(tokenizer, "Who?", reference, 1000))
-    assert all(tag in text for tag in TAGS)
+    before = [p.detach().clone() for p in adapters]
+    optimizer = torch.optim.SGD(adapters, lr=1.0)
+    config = Config(micro_batch=size, max_grad_norm=1e9)
+    stats = ofsd_step(random_model, random_model, optimizer, PAIRS, config)
+    assert stats["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for p, old, gradient in zip(adapters, before, gradients):
+        assert torch.allclose(p, old - gradient, atol=1e-4 * norm)
+    assert LoRA.on

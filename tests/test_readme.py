@@ -1,30 +1,36 @@
 """The README's commands exist, and its numbers are those of the files they come from."""
 
+import ast
 import re
 import shlex
+import sys
 from dataclasses import fields
 
 import pytest
 import tables
 from conftest import ROOT
 
-from train import Config
+from train import Config, parse_flags, read_settings
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OTHERS = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("EXERCISES.md", "CONTRIBUTING.md"))
+PAGES = "EXERCISES.md", "CONTRIBUTING.md"
+OTHERS = "".join((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
 
 
 def commands() -> list[list[str]]:
     """Every call of one of our scripts, in blocks and in the text."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    lines = [part for block in blocks for line in block.splitlines() if not line.startswith("#") for part in line.split("&&")]
+    lines = [line for block in blocks for line in block.splitlines() if not line.startswith("#")]
+    lines = [part for line in lines for part in line.split("&&")]
     lines += re.findall(r"`([^`\n]*python[^`\n]*)`", README + OTHERS)
-    return [words for words in map(shlex.split, lines) if any(word.endswith(".py") for word in words)]
+    calls = map(shlex.split, lines)
+    return [words for words in calls if any(word.endswith(".py") for word in words)]
 
 
 def test_there_are_commands():
     found = {next(word for word in words if word.endswith(".py")) for words in commands()}
-    assert {"train.py", "eval.py", "retriever.py", "micro/make.py", "results/trace.py", "results/plot.py"} <= found
+    others = {"micro/make.py", "tools/trace.py", "tools/plot.py"}
+    assert {"train.py", "eval.py", "retriever.py"} | others <= found
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -33,32 +39,59 @@ def test_a_commands_script_and_flags_exist(words, command):
     script, flags = words[start], {word for word in words[start:] if word.startswith("--")}
     assert (ROOT / script).is_file(), script
     if script == "train.py":
-        known = {"--" + item.name.replace("_", "-") for item in fields(Config)} | {"--resume", "--help"}
+        known = {"--" + item.name.replace("_", "-") for item in fields(Config)}
+        known |= {"--resume", "--config", "--no-ofsd", "--help"}
     else:
         known = set(re.findall(r"--[a-z-]+", (ROOT / script).read_text(encoding="utf-8")))
     assert flags <= known, flags - known
     for word in words[start + 1 :]:
-        if word.startswith(("micro/", "tests/", "results/", "bench/")):
+        if word.startswith(("micro/", "tests/", "results/", "bench/", "configs/", "tools/")):
             assert (ROOT / word).exists(), word
 
 
-def test_settings_in_commands_are_accepted():
-    """Every call of train.py gives a Config."""
-    kinds = {item.name: item.type for item in fields(Config)}
+def test_settings_in_commands_are_accepted(monkeypatch):
+    """Every call of train.py gives a Config, and so does every file in configs/."""
+    monkeypatch.chdir(ROOT)
     for words in commands():
-        if "train.py" not in words or "--resume" in words:
-            continue
-        given, rest = {}, words[words.index("train.py") + 1 :]
-        for flag, value in zip(rest, [*rest[1:], ""]):
-            name = flag[2:].replace("-", "_")
-            if flag.startswith("--") and name in kinds and value not in ("L", "N"):
-                given[name] = True if kinds[name] is bool else kinds[name](value)
-        Config(**given)
+        if "train.py" in words and "--resume" not in words and "N" not in words:
+            monkeypatch.setattr(sys, "argv", words[words.index("train.py") :])
+            parse_flags()
+    assert all(read_settings(path).model for path in (ROOT / "configs").glob("*.json"))
+
+
+def test_the_tree_of_imports_is_that_of_the_code():
+    files = ["retriever", "rollout", "eval", "grpo", "ofsd", "train"]
+    lines = []
+    for name in files:
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        imported = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        needs = ", ".join(other for other in files if other in imported)
+        lines.append(f"{name:10}<- {needs}" if needs else name)
+    assert "```\n" + "\n".join(lines) + "\n```" in README
+
+
+def test_the_six_files_keep_to_the_card():
+    """At most 2,000 lines together, none over 100 columns, and no import that is not listed."""
+    names = "retriever", "rollout", "eval", "grpo", "ofsd", "train"
+    files = [ROOT / f"{name}.py" for name in names]
+    assert sorted(files) == sorted(ROOT.glob("*.py"))
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    assert sum(len(text.splitlines()) for text in texts) <= 2000
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 100
+    listed = {"torch", "transformers", "datasets", "numpy", "tqdm", "safetensors", "micro"}
+    for text in texts:
+        nodes = list(ast.walk(ast.parse(text)))
+        plain = [node for node in nodes if isinstance(node, ast.Import)]
+        modules = {alias.name for node in plain for alias in node.names}
+        modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        roots = {module.split(".")[0] for module in modules}
+        assert roots <= listed | sys.stdlib_module_names | {path.stem for path in files}
 
 
 def last_table(seed: int) -> dict[str, list[str]]:
     log = (ROOT / f"results/default/seed{seed}.log").read_text(encoding="utf-8")
-    rows = re.findall(r"^(base|grpo-\d|ofsd-\d) +(.*)$", log[log.index("test questions, greedy") :], re.M)
+    table = log[log.index(" test questions") :]
+    rows = re.findall(r"^ *(base|grpo-\d|ofsd-\d) +(.*)$", table, re.M)
     return {stage: cells.split() for stage, cells in rows}
 
 
@@ -66,7 +99,8 @@ def last_table(seed: int) -> dict[str, list[str]]:
 def test_the_default_runs_are_those_of_the_logs(seed):
     log = last_table(seed)
     row = re.search(rf"^\| {seed} \| (.*) \|$", README, re.M)[1].split(" | ")
-    assert row[:5] == [log[stage][0].removeprefix("0") for stage in ("base", "grpo-1", "ofsd-1", "grpo-2", "ofsd-2")]
+    stages = "base", "grpo-1", "ofsd-1", "grpo-2", "ofsd-2"
+    assert row[:5] == [log[stage][0].removeprefix("0") for stage in stages]
     assert row[5] == f"{log['grpo-1'][5]}, {log['ofsd-2'][5]}" and row[6] == log["ofsd-2"][-1]
 
 
@@ -82,8 +116,10 @@ def test_the_evidence_is_that_of_the_tables():
     """The README's row of each arm, cell by cell."""
     text = tables.comparison("loop-2")
     for arm in ("grpo", "rft", "search-e1"):
-        cells = next(line for line in text.splitlines() if line.startswith(f"| {arm} ")).split("|")
-        shown = next(line for line in README.splitlines() if line.startswith("| ") and f"`{arm}`" in line).split("|")
+        lines = text.splitlines()
+        cells = next(line for line in lines if line.startswith(f"| {arm} ")).split("|")
+        rows = [line for line in README.splitlines() if line.startswith("| ")]
+        shown = next(line for line in rows if f"`{arm}`" in line).split("|")
         assert [cell.strip() for cell in shown[2:9]] == [cell.strip() for cell in cells[2:9]]
 
 

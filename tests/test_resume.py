@@ -16,23 +16,37 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_train import SMALL, read, untimed
+from test_train import SMALL, line_of, read, run_main, steps_of, untimed
 
 import grpo
 import train as train_module
-from retriever import BadInput, SearchFailed, checksum
-from train import Config, Run, Stopped, load_checkpoint, loop, save_checkpoint, train
+from retriever import BadInput
+from train import Config, Run, train
 
-LORA = replace(SMALL, lora_rank=2, grpo_lora_rank=2, grpo_lr=1e-3)
-FLAGS = [part for name in ("rounds", "grpo_steps", "questions_per_step", "group_size", "ofsd_questions", "ofsd_epochs", "ofsd_batch", "eval_limit", "grpo_lr")
-         for part in (f"--{name.replace('_', '-')}", str(getattr(SMALL, name)))] + ["--force-ofsd", "--save-every", "1"]  # fmt: skip
+PLAIN = replace(SMALL, save_every=1, ofsd_batch=2)  # several steps of either stage
+LORA = replace(PLAIN, lora_rank=2, grpo_lora_rank=2, grpo_lr=1e-3)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """{with adapters?: the folder of a run that was never stopped}"""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return {lora: train(replace(LORA if lora else SMALL, save_every=1, out=str(folder / f"{lora}"))) for lora in (False, True)}
+    configs = {False: PLAIN, True: LORA}
+    return {lora: train(replace(configs[lora], out=str(folder / f"{lora}"))) for lora in configs}
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """The flags of a run like the undisturbed one without adapters."""
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(PLAIN)))
+    return "--config", tmp_path / "settings.json"
+
+
+def launch(*arguments, **how):
+    """train.py in a process of its own, which heeds Ctrl-C even if pytest is told not to."""
+    pipe, heed = subprocess.PIPE, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    how = dict(cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed) | how
+    return subprocess.Popen([sys.executable, "train.py", *map(str, arguments)], **how)
 
 
 def same(one, two):
@@ -42,46 +56,133 @@ def same(one, two):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_stopped_after_every_checkpoint_and_resumed_it_ends_the_same(undisturbed, tmp_path, monkeypatch, lora):
-    config, plain = replace(LORA if lora else SMALL, save_every=1, out=str(tmp_path / "run")), Run.checkpoint
-    stages = []
+def stop_at(monkeypatch, config, wanted):
+    """Train until the checkpoint is saved of which wanted(stage, step) is true."""
+    plain = Run.checkpoint
 
-    def checkpoint(run, stage, step, **more):
-        plain(run, stage, step, **more)
-        stages.append((stage, step))
-        run.append("metrics.jsonl", {"a line": "that the checkpoint does not know"})
-        raise Stopped(signal.SIGTERM)
+    def checkpoint(run, stage, step, *args, **more):
+        plain(run, stage, step, *args, **more)
+        if wanted(stage, step):
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "checkpoint", checkpoint)
-        with pytest.raises(Stopped):
+        with pytest.raises(KeyboardInterrupt):
             train(config)
-        while stages[-1][0] != "end":
+
+
+def load(folder):
+    """The checkpoint of a run, as anybody's."""
+    return torch.load(folder / "checkpoints/last.pt", weights_only=False)
+
+
+# ---------------------------------------------------------------- stopped, and resumed
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_stopped_after_every_checkpoint_and_resumed_it_ends_the_same(
+    undisturbed, tmp_path, monkeypatch, lora
+):
+    config = replace(LORA if lora else PLAIN, out=str(tmp_path / "run"))
+    plain, stages = Run.checkpoint, []
+
+    def checkpoint(run, stage, step, *args, **more):
+        plain(run, stage, step, *args, **more)
+        stages.append((stage, step))
+        for name in ("metrics.jsonl", "later.jsonl"):
+            with open(run.folder / name, "a") as file:
+                file.write('{"a line": "that the checkpoint does not know"}\n')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+        while stages.count(("", 0)) < 3:
             torch.rand(7), random.random()  # what another process would have drawn
-            with pytest.raises(Stopped):
-                loop(Run(config, resume=True))
-    steps = len([row for row in read(undisturbed[lora], "metrics.jsonl") if row["stage"] == "ofsd-1" and row["kind"] == "step"])
-    assert stages == [("base", 0), ("grpo-1", 0), ("grpo-1", 1), ("grpo-1", 2), ("ofsd-1", 0), ("ofsd-1", 0),
-                      *(("ofsd-1", i + 1) for i in range(steps)), ("end", 0)]  # fmt: skip
-    assert loop(Run(config, resume=True)) == tmp_path / "run"
+            with pytest.raises(KeyboardInterrupt):
+                train(config, resume=True)
+    steps = len(steps_of(undisturbed[lora], "ofsd-1"))
+    distilled = [("ofsd-1", step) for step in range(steps + 1)]
+    assert steps > 1
+    assert stages == [("", 0), ("grpo-1", 1), ("grpo-1", 2), ("", 0), *distilled, ("", 0)]
+    assert train(config, resume=True) == tmp_path / "run"
     same(undisturbed[lora], tmp_path / "run")
-    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2
+    assert (tmp_path / "run/later.jsonl").read_text() == ""
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["last.pt"]
 
 
-def test_killed_at_random_moments_it_ends_the_same(undisturbed, tmp_path):
-    """SIGKILL, again and again, the later the longer the run lasts."""
+@pytest.mark.parametrize("stage", ["grpo-1", "ofsd-1"])
+def test_adapters_inside_a_stage_are_resumed_to_the_bit(undisturbed, tmp_path, monkeypatch, stage):
+    """What the next step sees: the weights, both halves of each adapter, and the optimizer."""
+    config = replace(LORA, out=str(tmp_path / "run"))
+    stop_at(monkeypatch, config, lambda *at: at == (stage, 1))
+    saved = load(tmp_path / "run")
+    adapters = {name for name in saved["model"] if name.endswith((".A", ".B"))}
+    assert adapters and any(saved["model"][name].any() for name in adapters if name[-1] == "B")
+    seen, name = [], f"{stage[:4]}_step"
+    plain = getattr(train_module, name)
+
+    def step(model, teacher, optimizer, *args):
+        if not seen:
+            states = optimizer.state_dict()["state"]
+            seen.append({key: value.clone() for key, value in model.state_dict().items()})
+            copy = lambda state: {key: value.clone() for key, value in state.items()}  # noqa: E731
+            seen.append({number: copy(state) for number, state in states.items()})
+            trained = {id(p) for p in optimizer.param_groups[0]["params"]}
+            ours = [key for key, p in model.named_parameters() if id(p) in trained]
+            assert {*ours} == adapters  # the optimizer holds those that the model computes with
+            assert stage == "grpo-1" or teacher is model
+        return plain(model, teacher, optimizer, *args)
+
+    monkeypatch.setattr(train_module, name, step)
+    train(config, resume=True)
+    model, states = seen
+    assert model.keys() == saved["model"].keys()
+    assert all(torch.equal(value, saved["model"][key]) for key, value in model.items())
+    before = saved["optimizer"]["state"]
+    assert states.keys() == before.keys() and len(states) == len(adapters)
+    for number, state in states.items():
+        assert all(torch.equal(value, before[number][key]) for key, value in state.items())
+    same(undisturbed[True], tmp_path / "run")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_at_the_beginning(
+    undisturbed, tmp_path, monkeypatch
+):
+    config = replace(PLAIN, out=str(tmp_path / "run"))
+
+    def checkpoint(*args, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", checkpoint)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert len(read(tmp_path / "run", "metrics.jsonl")) == 1  # it had tested the base already
+    train(config, resume=True)
+    same(undisturbed[False], tmp_path / "run")
+
+
+def test_killed_at_random_moments_it_ends_the_same(undisturbed, tmp_path, settings):
+    """SIGKILL, again and again, within a second after the run has written something."""
     out, draw = tmp_path / "run", random.Random(0)
+    logs = [out / "metrics.jsonl", out / "trajectories.jsonl"]
+    sizes = lambda: [path.exists() and path.stat().st_size for path in logs]  # noqa: E731
     for kill in range(40):
-        how = ["--resume", out] if (out / "checkpoints").exists() and list((out / "checkpoints").glob("*.pt")) else ["--out", out, *FLAGS]
-        if how[0] == "--out":
-            shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen([sys.executable, "train.py", *how], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        how = "--resume", out
+        if not (out / "config.json").exists() or not (out / "config.json").read_text():
+            shutil.rmtree(out, ignore_errors=True)  # it was killed before it had begun
+            how = *settings, "--out", out
+        before, process = sizes(), launch(*how, stdout=subprocess.DEVNULL)
+        while process.poll() is None and sizes() == before:
+            time.sleep(0.001)
         try:
-            process.wait(timeout=draw.uniform(3, 6) + 0.5 * kill)
+            process.wait(timeout=draw.choice([0.0, draw.uniform(0, 0.1), draw.uniform(0, 1)]))
         except subprocess.TimeoutExpired:
             process.kill()
-        error = process.communicate()[1].decode()
+        error = process.communicate()[1]
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, error
@@ -89,137 +190,281 @@ def test_killed_at_random_moments_it_ends_the_same(undisturbed, tmp_path):
     same(undisturbed[False], out)
 
 
-def test_a_signal_finishes_the_step_and_says_how_to_go_on(undisturbed, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_one_line_that_says_how_to_go_on(
+    undisturbed, tmp_path, settings, monkeypatch, number
+):
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "train.py", "--out", out, *FLAGS], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = launch(*settings, "--out", out)
     while "steps" not in process.stdout.readline():
-        pass
-    process.send_signal(signal.SIGTERM)
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(number)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + signal.SIGTERM
-    assert error.strip().splitlines()[-1] == f"stopped: train.py --resume {out} goes on from here"
-    done = subprocess.run([sys.executable, "train.py", "--resume", out], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 130, error
+    assert len(error.strip().splitlines()) == 1
+    assert error.startswith("train.py: stopped")
+    assert error.strip().endswith(f"train.py --resume {out} goes on from the last checkpoint")
+    run_main(monkeypatch, train_module.main, "train.py", "--resume", out)
     same(undisturbed[False], out)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:999] + b"?" + data[1000:], lambda data: b""])
-def test_a_damaged_checkpoint_is_left_out_with_a_word(tmp_path, capsys, damage):
-    for number in (1, 2):
-        save_checkpoint(tmp_path, {"step": number, "weights": torch.arange(1000)})
-    first, second = sorted(tmp_path.glob("*.pt"))
-    second.write_bytes(damage(second.read_bytes()))
-    assert load_checkpoint(tmp_path)["step"] == 1
-    assert f"{second} is left out: it is cut off or changed" in capsys.readouterr().err
-    save_checkpoint(tmp_path, {"step": 3})
-    assert load_checkpoint(tmp_path)["step"] == 3 and first.exists()  # the good one before was not thrown away
+def test_ctrl_c_before_there_is_a_run_is_one_line_too(tmp_path, monkeypatch, capsys):
+    def load_model(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module, "load_model", load_model)
+    flags = "--out", tmp_path / "run"
+    run_main(monkeypatch, train_module.main, "train.py", *flags, status=130)
+    assert line_of(capsys) == "train.py: stopped"
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_malicious_checkpoint_runs_no_code(tmp_path, capsys):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path}/pwned",)
-
-    for write in (lambda path: path.write_bytes(pickle.dumps(Evil())), lambda path: torch.save({"stage": Evil()}, path)):
-        write(tmp_path / "new")
-        (tmp_path / "new").rename(tmp_path / f"000009-{checksum(tmp_path / 'new'):08x}.pt")
-        assert load_checkpoint(tmp_path) is None
-        assert "is left out" in capsys.readouterr().err
-    assert not (tmp_path / "pwned").exists()
+def test_a_finished_run_prints_its_table_again(undisturbed, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime for path in undisturbed[False].rglob("*")}
+    flags = "--resume", undisturbed[False], "--seed", "0"  # a flag may say what holds anyway
+    run_main(monkeypatch, train_module.main, "train.py", *flags)
+    assert "6 test questions" in capsys.readouterr().out
+    assert {path.name for path in before} == {p.name for p in undisturbed[False].rglob("*")}
+    assert json.loads((undisturbed[False] / "config.json").read_text())["seed"] == 0
 
 
-@pytest.mark.parametrize("megabytes", [8, 24])  # the model, or the second checkpoint, finds no room
-def test_a_full_disk_ends_with_one_line_and_a_whole_checkpoint(tmp_path, megabytes):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", disk], capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
-        done = subprocess.run([sys.executable, "train.py", "--out", disk / "run", *FLAGS], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-        assert f"--resume {disk / 'run'} goes on" in done.stderr and "No space left" in done.stderr
-        assert load_checkpoint(disk / "run/checkpoints") is not None
-    finally:
-        subprocess.run(["umount", disk])
-
-
-def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """As above where no tmpfs can be mounted: every write fails after some bytes."""
-    save_checkpoint(tmp_path, {"step": 1})
-
-    def full(state, file):
-        file.write(b"x" * 100)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(grpo.torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, {"step": 2})
-    assert load_checkpoint(tmp_path)["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+# ---------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--grpo-lr", "1"], "--grpo-lr 1.0: the run has 0.0001"),
-        (["--seed", "5"], "--seed 5: the run has 0"),
-        (["--resume", "runs/nowhere"], "holds no run to resume"),
+        (["--grpo-lr", "1"], "has grpo_lr 0.0001, and is resumed as it is"),
+        (["--seed", "5"], "has seed 0, and is resumed as it is"),
+        (["--no-ofsd"], "has ofsd True, and is resumed as it is"),
+        (["--out", "runs/other"], "and is resumed as it is"),
+        (["--resume", "runs/nowhere"], "No such file or directory: 'runs/nowhere/config.json'"),
     ],
 )
-def test_a_flag_that_contradicts_the_run_is_refused(undisturbed, refused, flags, message):
-    assert message in refused("train.py", "--resume", undisturbed[False], *flags)
+def test_a_flag_that_contradicts_the_run_is_refused(
+    undisturbed, monkeypatch, capsys, flags, message
+):
+    flags = "--resume", undisturbed[False], *flags
+    run_main(monkeypatch, train_module.main, "train.py", *flags, status=2)
+    assert message in line_of(capsys)
 
 
-def test_a_finished_run_prints_its_table_again(undisturbed, command):
-    done = command("train.py", "--resume", undisturbed[False], "--seed", "0")
-    assert done.returncode == 0 and "6 test questions, greedy" in done.stdout
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run that was stopped after its first step, and beside it all files that it read."""
+    folder, patch = tmp_path_factory.mktemp("begun"), pytest.MonkeyPatch()
+    for name in ("corpus", "train", "test"):
+        shutil.copy(ROOT / f"micro/{name}.jsonl", folder)
+    shutil.copytree(ROOT / "micro/model", folder / "model")
+    config = replace(
+        PLAIN, out=str(folder / "run"), corpus=str(folder / "corpus.jsonl"),
+        questions=str(folder / "train.jsonl"), eval_questions=str(folder / "test.jsonl"),
+        model=str(folder / "model"),
+    )  # fmt: skip
+    stop_at(patch, config, lambda *at: at == ("grpo-1", 1))
+    return folder
 
 
-def test_other_questions_than_before_are_refused(undisturbed, tmp_path):
+@pytest.fixture
+def changeable(begun):
+    """Its files may be changed: afterwards they are what they were."""
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    yield begun
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+def change_corpus(folder):
+    with open(folder / "corpus.jsonl", "a") as file:
+        file.write('{"id": "new", "title": "A", "text": "one passage more"}\n')
+
+
+def change_questions(folder):
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(lines[1:]))
+
+
+def change_test(folder):
+    lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(lines[::-1]))
+
+
+def change_setting(folder):
+    config = json.loads((folder / "run/config.json").read_text())
+    config["prompt"] = "Answer this: {question}"
+    (folder / "run/config.json").write_text(json.dumps(config))
+
+
+def change_tokenizer(folder):
+    file = folder / "model/tokenizer_config.json"
+    file.write_text(file.read_text().replace('"{question}"', '"Q: {question}"'))
+
+
+@pytest.mark.parametrize(
+    "change, name",
+    [
+        (change_corpus, "the corpus"),
+        (change_questions, "the questions"),
+        (change_test, "the questions"),
+        (change_setting, "the settings"),
+        (change_tokenizer, "the prompt"),
+    ],
+)
+def test_what_changed_since_the_run_began_is_named(changeable, monkeypatch, capsys, change, name):
+    run = changeable / "run"
+    change(changeable)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    run_main(monkeypatch, train_module.main, "train.py", "--resume", run, status=2)
+    assert line_of(capsys) == f"train.py: {run}: {name} changed since this run began"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_did_not_change_is_no_hindrance(begun):
+    config = train_module.read_settings(begun / "run/config.json")
+    run = Run(config, resume=True)
+    assert (run.saved["stage"], run.saved["step"]) == ("grpo-1", 1)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
+def test_a_checkpoint_that_is_cut_off_is_refused(undisturbed, tmp_path, damage):
     shutil.copytree(undisturbed[False], tmp_path / "run")
-    config = Config(**json.loads((tmp_path / "run/config.json").read_text()))
-    with pytest.raises(BadInput, match="is another than when it began"):
-        Run(replace(config, out=str(tmp_path / "run"), questions="micro/validation.jsonl"), resume=True)
-    shutil.rmtree(tmp_path / "run/checkpoints")
-    with pytest.raises(BadInput, match="no whole checkpoint"):
-        Run(replace(config, out=str(tmp_path / "run")), resume=True)
-    assert asdict(config)["save_every"] == 1
+    file = tmp_path / "run/checkpoints/last.pt"
+    file.write_bytes(damage(file.read_bytes()))
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(BadInput, match=f"{file} is no whole checkpoint"):
+        Run(replace(PLAIN, out=str(tmp_path / "run")), resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
-def test_updates_without_a_finite_gradient_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch, micro):
-    plain, bad = grpo.token_logprobs, {2, 4, 5, 6}
-    monkeypatch.setattr(train_module, "grpo_step", lambda *args: steps.append(1) or grpo.grpo_step(*args))
-    monkeypatch.setattr(grpo, "token_logprobs", lambda logits, ids: plain(logits, ids) * (float("nan") if len(steps) in bad else 1))
-    steps, out = [], tmp_path / "run"
-    with pytest.raises(BadInput, match="grpo-1, step 6: the 3 last updates had no finite gradient"):
-        train(replace(SMALL, grpo_steps=9, save_every=1, out=str(out)))
-    rows = [row for row in read(out, "metrics.jsonl") if row["kind"] == "step"]
-    assert [row["no_update"] for row in rows] == [step in bad for step in range(1, 7)]
-    assert rows[1]["grad_norm"] is None and rows[2]["grad_norm"] > 0
-    saved = load_checkpoint(out / "checkpoints")
-    assert saved["step"] == 5 and all(x.isfinite().all() for x in saved["model"].values())
+def test_a_file_that_was_being_written_is_not_read(undisturbed, tmp_path):
+    """As SIGKILL leaves it: the last checkpoint is whole, and beside it is half a new one."""
+    shutil.copytree(undisturbed[False], tmp_path / "run")
+    (tmp_path / "run/checkpoints/new.pt").write_bytes(b"half of it")
+    run = Run(replace(PLAIN, out=str(tmp_path / "run")), resume=True)
+    assert [row["stage"] for row in run.evaluations] == ["base", "grpo-1", "ofsd-1"]
+
+
+def test_a_malicious_checkpoint_runs_no_code(undisturbed, tmp_path, monkeypatch, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/pwned",)
+
+    shutil.copytree(undisturbed[False], tmp_path / "run")
+    file = tmp_path / "run/checkpoints/last.pt"
+    for write in (
+        lambda: file.write_bytes(pickle.dumps(Evil())),
+        lambda: torch.save({"stage": Evil()}, file),
+    ):
+        write()
+        flags = "--resume", tmp_path / "run"
+        run_main(monkeypatch, train_module.main, "train.py", *flags, status=2)
+        assert "is no whole checkpoint" in line_of(capsys)
+    assert not (tmp_path / "pwned").exists()
+
+
+# ---------------------------------------------------------------- what goes wrong on the way
+
+
+@pytest.mark.parametrize("megabytes", [8, 24])  # the model, or a checkpoint, finds no room
+def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_later(
+    undisturbed, tmp_path, settings, monkeypatch, capsys, megabytes
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", disk]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        flags = *settings, "--out", disk / "run"
+        run_main(monkeypatch, train_module.main, "train.py", *flags, status=2)
+        told = line_of(capsys)
+        assert f"--resume {disk / 'run'} goes on" in told and "No space left" in told
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        run_main(monkeypatch, train_module.main, "train.py", "--resume", disk / "run")
+        same(undisturbed[False], disk / "run")
+    finally:
+        subprocess.run(["umount", disk])
+
+
+@pytest.mark.parametrize("wanted", [("", 0), ("ofsd-1", 1)])
+def test_no_room_for_a_checkpoint_is_one_line_and_the_last_one_stays(
+    undisturbed, tmp_path, settings, monkeypatch, capsys, wanted
+):
+    """As above where no tmpfs can be mounted: the new file leads to /dev/full, which is."""
+    plain, out = Run.checkpoint, tmp_path / "run"
+
+    def checkpoint(run, stage, step, *args, **more):
+        if (stage, step) == wanted:
+            (out / "checkpoints").mkdir(exist_ok=True)
+            (out / "checkpoints/new.pt").symlink_to("/dev/full")
+        plain(run, stage, step, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", checkpoint)
+        flags = *settings, "--out", out
+        run_main(monkeypatch, train_module.main, "train.py", *flags, status=2)
+    told = line_of(capsys)
+    assert f"--resume {out} goes on" in told and "No space left" in told
+    assert (out / "checkpoints/last.pt").exists() == (wanted != ("", 0))
+    (out / "checkpoints/new.pt").unlink()
+    run_main(monkeypatch, train_module.main, "train.py", "--resume", out)
+    same(undisturbed[False], out)
+
+
+def test_updates_without_a_finite_gradient_are_skipped_and_told(tmp_path, monkeypatch):
+    plain, bad, steps, out = grpo.token_logprobs, {2, 4, 5, 6}, [], tmp_path / "run"
+
+    def step(*args):
+        steps.append(1)
+        return grpo.grpo_step(*args)
+
+    def logprobs(logits, ids):
+        return plain(logits, ids) * (float("nan") if len(steps) in bad else 1)
+
+    monkeypatch.setattr(train_module, "grpo_step", step)
+    monkeypatch.setattr(grpo, "token_logprobs", logprobs)
+    train(replace(PLAIN, grpo_steps=7, ofsd=False, out=str(out)))
+    rows = steps_of(out, "grpo-1")
+    assert [row["no_update"] for row in rows] == [step in bad for step in range(1, 8)]
+    assert rows[1]["grad_norm"] is None and rows[2]["grad_norm"] > 0  # JSON knows no NaN
+    saved = load(out)
+    assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 def test_an_infinite_loss_with_a_finite_gradient_is_an_update():
-    """Where the student excludes a word of the teacher's the divergence is infinite, its gradient is not."""
+    """Where the student excludes a word of the teacher's the divergence is infinite, and its
+    gradient is not."""
     logged = []
-    run = SimpleNamespace(config=SMALL, bad_updates=2, stopping=0, gather=lambda value: [value], log=lambda *_, **row: logged.append(row))
-    Run.end_step(run, "ofsd-1", 1, 5, {"loss": float("inf"), "grad_norm": 1.0})
-    assert run.bad_updates == 0 and logged[0]["no_update"] is False
+    log = lambda *_, **row: logged.append(row)  # noqa: E731
+    run = SimpleNamespace(config=SMALL, log=log)
+    Run.end_step(run, "ofsd-1", 1, {"loss": float("inf"), "grad_norm": 1.0}, {})
+    assert logged[0]["no_update"] is False and logged[0]["step"] == 1
 
 
-def test_a_server_that_fails_stops_training_and_the_run_goes_on_later(undisturbed, tmp_path, monkeypatch, micro_index):
+def test_a_server_that_fails_stops_training_and_the_run_goes_on_later(
+    undisturbed, tmp_path, monkeypatch, capsys, settings, micro_index
+):
     out, calls = tmp_path / "run", []
 
     class Flaky:
         def search(self, queries, k):
-            calls.append(time.time())
+            calls.append(queries)
             if len(calls) == 12:
-                raise SearchFailed("http://here does not answer")
+                raise BadInput("no answer from http://here in 4 attempts")
             return micro_index.search(queries, k)
 
     monkeypatch.setattr(train_module, "open_index", lambda corpus: Flaky())
-    config = replace(SMALL, save_every=1, out=str(out))
-    with pytest.raises(BadInput, match="http://here does not answer. The last checkpoint is whole: train.py --resume"):
-        train(config)
-    loop(Run(config, resume=True))
+    flags = *settings, "--out", out
+    run_main(monkeypatch, train_module.main, "train.py", *flags, status=2)
+    assert line_of(capsys) == (
+        f"train.py: no answer from http://here in 4 attempts. train.py --resume {out} goes on "
+        "from the last checkpoint"
+    )
+    run_main(monkeypatch, train_module.main, "train.py", "--resume", out)
     same(undisturbed[False], out)
+
+
+def test_the_settings_of_a_run_are_kept_as_they_were_given(undisturbed):
+    kept = json.loads((undisturbed[False] / "config.json").read_text())
+    assert kept["date"]  # the day on which it began; it may be resumed on another one
+    assert Config(**kept) == replace(PLAIN, out=str(undisturbed[False]), date=kept["date"])

@@ -3,29 +3,36 @@
 import json
 import os
 import random
-from dataclasses import fields, replace
+import signal
+import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from transformers import AutoModelForCausalLM, set_seed
 
+import eval as eval_module
 import make
 import ofsd as ofsd_module
 import train as train_module
 from eval import evaluate, load_questions
-from grpo import frozen_copy, group_advantages, grpo_step, knows_output_layer, policy_hidden
-from make import response_logits
-from ofsd import ofsd_step
-from retriever import BadInput, open_index
+from grpo import (
+    frozen_copy, group_advantages, grpo_loss, grpo_step, policy_hidden, response_logits,
+    token_logprobs,
+)  # fmt: skip
+from ofsd import LoRA, Pair, ofsd_step
+from retriever import BadInput, open_index, run_script
 from rollout import Trajectory, load_model, rollout, spans
 from train import Config, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
 SMALL = Config(
-    rounds=1, grpo_steps=2, questions_per_step=4, group_size=3, ofsd_questions=12, ofsd_epochs=1, ofsd_batch=4,
-    eval_limit=6, grpo_lr=1e-4, force_ofsd=True,
+    rounds=1, grpo_steps=2, questions_per_step=4, group_size=3, ofsd_questions=12, ofsd_epochs=1,
+    ofsd_batch=4, eval_limit=6, grpo_lr=1e-4, force_ofsd=True,
 )  # fmt: skip
+PROBE = Trajectory("", [5, 6], [7, 8])  # any tokens, to see what a model makes of them
 
 
 def read(folder, name):
@@ -33,7 +40,33 @@ def read(folder, name):
 
 
 def untimed(rows):
-    return [{key: value for key, value in row.items() if not key.endswith("_s")} for row in rows]
+    return [{key: row[key] for key in row if not key.endswith("_s")} for row in rows]
+
+
+def steps_of(folder, stage):
+    rows = read(folder, "metrics.jsonl")
+    return [row for row in rows if row["kind"] == "step" and row["stage"] == stage]
+
+
+def run_main(monkeypatch, main, script, *arguments, status=0):
+    """What `python script arguments` does, in this process."""
+    handler, ended = signal.getsignal(signal.SIGTERM), 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            run_script(main)
+        except SystemExit as error:
+            ended = error.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    assert ended == status
+
+
+def line_of(capsys):
+    """The one line on standard error."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -43,44 +76,52 @@ def small_run(tmp_path_factory):
     return folder
 
 
-def test_a_short_run_writes_what_it_promises(small_run, capsys):
+def test_a_short_run_writes_what_it_promises(small_run):
     rows = read(small_run, "metrics.jsonl")
     assert [(row["kind"], row["stage"]) for row in rows if row["kind"] != "step"] == [
         ("eval", "base"), ("eval", "grpo-1"), ("mining", "ofsd-1"), ("eval", "ofsd-1")
     ]  # fmt: skip
-    steps = [row for row in rows if row["kind"] == "step" and row["stage"] == "grpo-1"]
+    steps = steps_of(small_run, "grpo-1")
     assert [row["step"] for row in steps] == [1, 2]
     for row in steps:
-        assert {*train_module.COLUMNS, "loss", "rollout_s", "step_s"} <= row.keys()
+        assert {*train_module.COLUMNS, "loss", "rollout_s", "step_s", "no_update"} <= row.keys()
         assert 0 <= row["zero_var"] <= 1 and row["entropy"] > 0 and row["logprob_gap"] < 1e-3
         assert row["clip_frac"] == 0  # one update a batch: the ratio is 1
-    assert steps[0]["kl"] < 1e-6 < steps[1]["kl"]  # the policy is the start policy, and then no longer
+    assert steps[0]["kl"] < 1e-6 < steps[1]["kl"]  # at first the policy is the one it began as
     mining = next(row for row in rows if row["kind"] == "mining")
-    assert mining["pairs"] + mining["no_correct"] + mining["no_contrast"] + mining["too_long"] == 12
-    distilled = [row for row in rows if row["kind"] == "step" and row["stage"] == "ofsd-1"]
+    assert sum(mining[name] for name in ("pairs", "no_correct", "no_contrast", "too_long")) == 12
+    distilled = steps_of(small_run, "ofsd-1")
     assert len(distilled) == -(-mining["pairs"] // 4) and all(row["loss"] > 0 for row in distilled)
     evals = [row for row in rows if row["kind"] == "eval"]
-    assert all({"em", "f1", "searches", "answered", "n", "em_by"} <= row.keys() and row["n"] == 6 for row in evals)
+    for row in evals:
+        assert {"em", "f1", "searches", "answered", "n", "em_by"} <= row.keys() and row["n"] == 6
     assert evals[-1]["edge_supported"] == mining["edge_supported"]
-    told = read(small_run, "trajectories.jsonl")
-    assert sum(row["kind"] == "eval" for row in told) == 18 and sum(row["kind"] == "pair" for row in told) == mining["pairs"]
+    told = [row["kind"] for row in read(small_run, "trajectories.jsonl")]
+    assert told.count("eval") == 18 and told.count("pair") == mining["pairs"]
     assert json.loads((small_run / "config.json").read_text())["grpo_steps"] == 2
 
 
 def test_the_parameters_moved_and_the_model_folder_loads(small_run, micro):
     trained = AutoModelForCausalLM.from_pretrained(small_run / "model")
-    moved = [not torch.equal(one, two) for one, two in zip(trained.parameters(), micro[0].parameters())]
-    assert all(moved)
+    pairs = zip(trained.parameters(), micro[0].parameters())
+    assert all(not torch.equal(one, two) for one, two in pairs)
     model, tokenizer = load_model(str(small_run / "model"))
-    assert tokenizer.init_kwargs["search_prompt"] == "{question}"  # the prompt travels with the model
+    assert tokenizer.init_kwargs["search_prompt"] == "{question}"  # the prompt travels along
 
 
 def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(small_run, tmp_path):
-    train(replace(SMALL, out=str(tmp_path / "again")))
-    train(replace(SMALL, out=str(tmp_path / "other"), seed=1))
-    first, again, other = (untimed(read(f, "metrics.jsonl")) for f in (small_run, tmp_path / "again", tmp_path / "other"))
+    torch.manual_seed(11), random.seed(11)  # what was drawn before must not matter
+    again = train(replace(SMALL, out=str(tmp_path / "again")))
+    other = train(replace(SMALL, out=str(tmp_path / "other"), seed=1))
+    first, again, other = (untimed(read(f, "metrics.jsonl")) for f in (small_run, again, other))
     assert first == again
-    assert first != other and first[0] == other[0]  # a run starts from the base, whatever ran before
+    assert first != other and first[0] == other[0]  # the base is tested greedily
+
+
+def test_a_run_neither_uses_nor_moves_the_global_random_states(tmp_path):
+    before = torch.get_rng_state(), random.getstate()
+    train(replace(SMALL, out=str(tmp_path / "run"), lora_rank=2, grpo_lora_rank=2))
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 
 
 def test_an_existing_folder_is_refused_and_left_alone(small_run):
@@ -88,6 +129,22 @@ def test_an_existing_folder_is_refused_and_left_alone(small_run):
     with pytest.raises(BadInput, match="exists already"):
         train(replace(SMALL, out=str(small_run)))
     assert (small_run / "metrics.jsonl").read_text() == before
+
+
+def test_without_ofsd_there_are_only_stages_of_grpo(tmp_path, capsys, monkeypatch):
+    config = replace(SMALL, rounds=2, grpo_steps=1, out=str(tmp_path / "run"), ofsd=False)
+    folder = train(config)
+    rows = read(folder, "metrics.jsonl")
+    assert [(row["kind"], row["stage"]) for row in rows] == [
+        ("eval", "base"), ("step", "grpo-1"), ("eval", "grpo-1"), ("step", "grpo-2"),
+        ("eval", "grpo-2"),
+    ]  # fmt: skip
+    assert all(row["kind"] == "eval" for row in read(folder, "trajectories.jsonl"))
+    assert "ofsd-1" not in capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr(train_module, "train", lambda config, resume: seen.append(config))
+    run_main(monkeypatch, train_module.main, "train.py", "--no-ofsd")
+    assert seen == [Config(ofsd=False)]
 
 
 # ---------------------------------------------------------------- single updates
@@ -98,26 +155,42 @@ class Spy:
 
     def __init__(self, model):
         self.model, self.param_groups = model, [{"params": list(model.parameters())}]
+        self.stepped = False
 
     def step(self):
-        self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+        self.stepped = True
 
     def zero_grad(self):
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.gradient = torch.cat([gradient.flatten() for gradient in gradients])
         self.model.zero_grad()
 
 
 @pytest.fixture(scope="module")
 def batch(micro, micro_index):
     """Trajectories of 4 questions x 3, and rewards of which the second group's are all equal."""
-    questions = [json.loads(line)["question"] for line in open("micro/train.jsonl", encoding="utf-8")][:4]
-    rows = rollout(*micro, micro_index, questions, group_size=3, seed=0)
+    questions = load_questions(str(ROOT / "micro/train.jsonl"))[:4]
+    asked = [question["question"] for question in questions]
+    rows = rollout(*micro, micro_index, asked, group_size=3, seed=0)
     return rows, torch.tensor([[1.0, 0, 0], [0, 0, 0], [1, 1, 0], [0, 0, 1]])
+
+
+@pytest.fixture(scope="module")
+def pairs(batch):
+    """Two pairs whose privileged prompt is longer than the student's own."""
+    return pairs_of(batch[0], (1, 2))
+
+
+def pairs_of(rows, students):
+    shown = rows[0].prompt_ids
+    return [Pair({}, rows[0], rows[i], shown + rows[i].prompt_ids, [1.0]) for i in students]
 
 
 def gradient(micro, batch, **settings):
     model = frozen_copy(micro[0]).requires_grad_(True)
     spy = Spy(model)
-    stats = grpo_step(model, micro[0], spy, *batch, replace(SMALL, max_grad_norm=1e9, **settings))
+    config = replace(SMALL, max_grad_norm=1e9, **settings)
+    stats = grpo_step(model, micro[0], spy, *batch, config)
     return spy.gradient, stats
 
 
@@ -129,15 +202,16 @@ def test_grpo_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch
         assert other == pytest.approx(stats, rel=1e-3, abs=1e-5)
 
 
-def test_gradient_checkpointing_changes_no_gradient_and_keeps_the_cache_for_sampling(micro, micro_index, batch):
+def test_gradient_checkpointing_changes_no_gradient_and_no_sample(micro, micro_index, batch):
     plain, stats = gradient(micro, batch)
     model = frozen_copy(micro[0])
     model.activation_checkpointing_enable()
     again, other = gradient((model, micro[1]), batch)
     assert torch.allclose(plain, again, atol=1e-6 * plain.abs().max().item())
     assert other == pytest.approx(stats, rel=1e-3, abs=1e-6)
-    how = dict(seed=0, group_size=2)
-    one, two = (rollout(m, micro[1], micro_index, [batch[0][0].question], **how) for m in (model, micro[0]))
+    assert not any(module.training for module in model.modules())  # sampling keeps its cache
+    asked, how = [batch[0][0].question], dict(seed=0, group_size=2)
+    one, two = (rollout(m, micro[1], micro_index, asked, **how) for m in (model, micro[0]))
     assert [t.response_ids for t in one] == [t.response_ids for t in two]
 
 
@@ -148,7 +222,8 @@ def test_gradient_checkpointing_needs_less_memory():
         model, sizes = frozen_copy(load_model("micro/model")[0]).requires_grad_(True), []
         if on:
             model.activation_checkpointing_enable()
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        count = lambda x: sizes.append(x.numel()) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
             policy_hidden(model, [Trajectory("", [5] * 20, [6] * 200, [1] * 200)] * 4)
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 4
@@ -160,22 +235,25 @@ def test_skipping_groups_without_variance_changes_nothing(micro, batch):
     model = frozen_copy(micro[0]).requires_grad_(True)
     rows, rewards = batch
     advantages, tokens = group_advantages(rewards).flatten(), sum(sum(r.loss_mask) for r in rows)
-    from grpo import grpo_loss, token_logprobs
-
     for row, advantage in zip(rows, advantages):
-        logits = response_logits(model, [row.prompt_ids], [row.response_ids])
-        logprobs = token_logprobs(logits, torch.tensor([row.response_ids]))
-        loss, _ = grpo_loss(
-            logprobs, torch.tensor([row.logprobs]), advantage[None], torch.tensor([row.loss_mask]), num_tokens=tokens
-        )
+        logprobs = token_logprobs(response_logits(model, row), torch.tensor(row.response_ids))
+        old, mask = torch.tensor([row.logprobs]), torch.tensor([row.loss_mask])
+        loss, _ = grpo_loss(logprobs[None], old, advantage[None], mask, num_tokens=tokens)
         loss.backward()
     plain = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert torch.allclose(plain, skipped, atol=1e-5 * plain.abs().max().item())
 
 
-def test_without_any_variance_the_gradient_is_zero_and_the_statistics_are_there(micro, batch):
+def test_without_any_variance_nothing_moves_and_the_statistics_are_there(micro, batch):
     found, stats = gradient(micro, (batch[0], torch.zeros(4, 3)))
     assert found.eq(0).all() and stats["grad_norm"] == 0 and stats["entropy"] > 0
+    # Not even by the momentum of the updates before.
+    model = frozen_copy(micro[0]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    grpo_step(model, micro[0], optimizer, *batch, SMALL)
+    before = [p.clone() for p in model.parameters()]
+    grpo_step(model, micro[0], optimizer, batch[0], torch.zeros(4, 3), SMALL)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
 
 
 def test_prompts_too_long_for_the_model_give_no_answer_and_no_error(micro, micro_index):
@@ -187,7 +265,8 @@ def test_prompts_too_long_for_the_model_give_no_answer_and_no_error(micro, micro
     model = frozen_copy(micro[0]).requires_grad_(True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     stats = grpo_step(model, micro[0], optimizer, rows[:2], torch.zeros(1, 2), SMALL)
-    assert stats["grad_norm"] == 0 and all(torch.equal(p, q) for p, q in zip(model.parameters(), micro[0].parameters()))
+    assert stats["grad_norm"] == 0
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), micro[0].parameters()))
 
 
 def test_one_update_makes_the_good_likelier_and_the_bad_less_likely(micro, batch):
@@ -202,73 +281,89 @@ def test_one_update_makes_the_good_likelier_and_the_bad_less_likely(micro, batch
 def test_several_updates_bring_the_clip_to_work(micro, batch):
     model = frozen_copy(micro[0]).requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    stats = grpo_step(model, micro[0], optimizer, *batch, replace(SMALL, updates=4))
-    assert stats["clip_frac"] > 0 and stats["logprob_gap"] < 1e-3  # the gap is taken before any update
+    updates = [grpo_step(model, micro[0], optimizer, *batch, SMALL) for _ in range(4)]
+    assert updates[0]["clip_frac"] == 0 < updates[-1]["clip_frac"]
 
 
-def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(micro, batch, monkeypatch):
-    rows, _ = batch
+def test_a_step_of_several_updates_tells_the_gap_before_and_the_clip_after_them(tmp_path):
+    settings = dict(updates=3, grpo_lr=3e-3, ofsd=False)
+    folder = train(replace(SMALL, out=str(tmp_path / "run"), **settings))
+    rows = steps_of(folder, "grpo-1")
+    assert all(row["logprob_gap"] < 1e-3 for row in rows)
+    assert any(row["clip_frac"] > 0 for row in rows)
+
+
+def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(
+    micro, pairs, monkeypatch
+):
     teacher, model = frozen_copy(micro[0]), frozen_copy(micro[0]).requires_grad_(True)
-    pairs = [(rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
-    read_by = []
-    plain = ofsd_module.policy_hidden
-    monkeypatch.setattr(ofsd_module, "policy_hidden", lambda m, rows, prompts=None: read_by.append((m, prompts, rows)) or plain(m, rows, prompts))
+    read_by, plain = [], ofsd_module.policy_hidden
+
+    def noted(model, rows, prompts=None):
+        read_by.append((model, prompts, rows))
+        return plain(model, rows, prompts)
+
+    monkeypatch.setattr(ofsd_module, "policy_hidden", noted)
     before = [p.clone() for p in teacher.parameters()]
-    stats = ofsd_step(model, teacher, torch.optim.SGD(model.parameters(), lr=0.1), pairs, SMALL)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    stats = ofsd_step(model, teacher, optimizer, pairs, SMALL)
     (one, privileged, taught), (two, standard, learnt) = read_by
     assert one is teacher and two is model and taught == learnt and standard is None
-    assert sorted(privileged) == sorted(prompt for _, prompt in pairs) != sorted(t.prompt_ids for t in learnt)
+    assert sorted(privileged) == sorted(pair.prompt for pair in pairs)
+    assert sorted(privileged) != sorted(t.prompt_ids for t in learnt)
     assert stats["loss"] > 0
-    assert all(torch.equal(b, p) and p.grad is None for b, p in zip(before, teacher.parameters()))
+    for old, new in zip(before, teacher.parameters()):
+        assert torch.equal(old, new) and new.grad is None
     # Under one and the same prompt the student is its own teacher: nothing to learn.
-    same = [(rows[1], rows[1].prompt_ids)]
-    assert ofsd_step(teacher.requires_grad_(True), frozen_copy(teacher), Spy(teacher), same, SMALL)["loss"] < 1e-6
+    same = [pair._replace(prompt=pair.student.prompt_ids) for pair in pairs[:1]]
+    stats = ofsd_step(teacher.requires_grad_(True), frozen_copy(teacher), Spy(teacher), same, SMALL)
+    assert stats["loss"] < 1e-6
 
 
 def test_the_gradient_is_that_of_finite_differences(micro, batch):
-    """From rollouts to the loss, end to end: along its gradient g the loss falls by |g|^2 a unit."""
-    rows = [replace(row, logprobs=[value - 0.05 * mask for value, mask in zip(row.logprobs, row.loss_mask)]) for row in batch[0]]
-    pairs = [(rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2)]
-    teacher = frozen_copy(micro[0])
-
-    def grpo(model, config=replace(SMALL, max_grad_norm=1e9, kl_coef=0.1)):
-        return grpo_step(model, teacher, Spy(model), rows, batch[1], config)["loss"]
-
-    def ofsd(model, config=replace(SMALL, max_grad_norm=1e9)):
-        return ofsd_step(model, teacher, Spy(model), pairs, config)["loss"]
-
+    """From rollouts to the loss, end to end: along its gradient g the loss falls by |g|^2 a
+    unit."""
+    rows = []
+    for row in batch[0]:  # as if an older policy had sampled them
+        older = [value - 0.05 * mask for value, mask in zip(row.logprobs, row.loss_mask)]
+        rows.append(replace(row, logprobs=older))
+    teacher, config = frozen_copy(micro[0]), replace(SMALL, max_grad_norm=1e9, kl_coef=0.1)
+    pairs = pairs_of(rows, (1, 2))
+    grpo = lambda m, spy: grpo_step(m, teacher, spy, rows, batch[1], config)  # noqa: E731
+    ofsd = lambda m, spy: ofsd_step(m, teacher, spy, pairs, config)  # noqa: E731
     for step in (grpo, ofsd):
         model = frozen_copy(micro[0]).requires_grad_(True)
-        spies = []
-        train_spy = Spy.step
-        Spy.step = lambda self: (train_spy(self), spies.append(self.gradient))
-        try:
-            step(model)
-        finally:
-            Spy.step = train_spy
-        gradient, norm = spies[0], spies[0].norm()
-        start, values = torch.nn.utils.parameters_to_vector(model.parameters()).detach(), []
+        spy, values = Spy(model), []
+        step(model, spy)
+        gradient, norm = spy.gradient, spy.gradient.norm()
+        start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
         for epsilon in (0.003, -0.003):
-            torch.nn.utils.vector_to_parameters(start + epsilon * gradient / norm, model.parameters())
-            values.append(step(model))
+            moved = start + epsilon * gradient / norm
+            torch.nn.utils.vector_to_parameters(moved, model.parameters())
+            values.append(step(model, Spy(model))["loss"])
         assert (values[0] - values[1]) / 0.006 == pytest.approx(norm.item(), rel=0.01)
 
 
-def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(tmp_path, monkeypatch):
-    seen, probe = {}, ([[5, 6]], [[7, 8]])
-    logits = lambda model: response_logits(model, *probe).detach()  # noqa: E731
-    plain_edge, plain_step = train_module.teacher_edge, train_module.ofsd_step
+def probe(model):
+    return response_logits(model, PROBE).detach()
+
+
+def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(
+    tmp_path, monkeypatch
+):
+    seen, plain_edge, plain_step = {}, train_module.teacher_edge, train_module.ofsd_step
 
     def edge(run, pairs):
-        seen["start"], seen["after grpo"], seen["run"] = logits(run.start), logits(run.model), run
+        seen["start"], seen["after grpo"], seen["run"] = probe(run.ref_model), probe(run.model), run
         return plain_edge(run, pairs)
 
-    def step(model, teacher, optimizer, pairs, config, adapters):
+    def step(model, teacher, optimizer, pairs, config):
         assert teacher is model
-        with adapters.off():
-            seen["teacher"] = logits(teacher)
-        stats = plain_step(model, teacher, optimizer, pairs, config, adapters)
-        seen["adapted"] = logits(model)
+        monkeypatch.setattr(LoRA, "on", False)
+        seen["teacher"] = probe(teacher)
+        monkeypatch.setattr(LoRA, "on", True)
+        stats = plain_step(model, teacher, optimizer, pairs, config)
+        seen["adapted"] = probe(model)
         return stats
 
     monkeypatch.setattr(train_module, "teacher_edge", edge)
@@ -276,65 +371,57 @@ def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(
     folder = train(replace(SMALL, out=str(tmp_path / "run"), lora_rank=4, ofsd_lr=1e-2))
     assert torch.equal(seen["teacher"], seen["after grpo"])  # at the last step, too
     assert not torch.equal(seen["teacher"], seen["start"])
-    merged = logits(seen["run"].model)
-    assert torch.allclose(merged, seen["adapted"], atol=1e-4) and not torch.allclose(merged, seen["teacher"], atol=1e-2)
-    assert torch.equal(logits(load_model(str(folder / "model"))[0]), merged)
+    merged = probe(seen["run"].model)
+    assert torch.allclose(merged, seen["adapted"], atol=1e-4)
+    assert not torch.allclose(merged, seen["teacher"], atol=1e-2)
+    assert torch.equal(probe(load_model(str(folder / "model"))[0]), merged)
 
 
 def test_grpo_in_adapters_trains_them_and_merges_them(tmp_path, monkeypatch):
-    seen, probe, plain_step = {}, ([[5, 6]], [[7, 8]]), train_module.grpo_step
+    seen, plain_step = {}, train_module.grpo_step
 
-    def step(model, start, optimizer, *args):
-        before = [p.clone() for p in model.parameters()]
-        stats = plain_step(model, start, optimizer, *args)
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))  # until they are merged
-        seen["adapted"] = response_logits(model, *probe).detach()
+    def step(model, ref_model, optimizer, *args):
+        adapters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = [p for p in model.parameters() if id(p) not in adapters]
+        before = [p.clone() for p in own]
+        stats = plain_step(model, ref_model, optimizer, *args)
+        assert adapters and own  # until they are merged the model's own weights stay
+        assert all(torch.equal(a, b) for a, b in zip(before, own))
+        seen["adapted"] = probe(model)
         return stats
 
     monkeypatch.setattr(train_module, "grpo_step", step)
-    folder = train(replace(SMALL, out=str(tmp_path / "run"), grpo_lora_rank=4, grpo_lr=1e-2, ofsd_epochs=0))
-    model = load_model(str(folder / "model"))[0]
-    assert torch.allclose(response_logits(model, *probe), seen["adapted"], atol=1e-4)
-    assert not torch.allclose(response_logits(load_model("micro/model")[0], *probe), seen["adapted"], atol=1e-2)
-
-
-def test_a_model_whose_output_layer_does_more_is_refused(micro, monkeypatch, tmp_path):
-    model = frozen_copy(micro[0])
-    assert knows_output_layer(model)
-    model.config.logits_scaling = 2.0  # a Qwen2 does not heed it
-    assert not knows_output_layer(model)
-    monkeypatch.setattr(train_module, "load_model", lambda name: (model, micro[1]))
-    with pytest.raises(BadInput, match="its logits are more than a product"):
-        train(replace(SMALL, out=str(tmp_path / "run")))
-    assert not (tmp_path / "run").exists()
+    settings = dict(grpo_lora_rank=4, grpo_lr=1e-2, ofsd_epochs=0)
+    folder = train(replace(SMALL, out=str(tmp_path / "run"), **settings))
+    trained, base = (probe(load_model(str(p))[0]) for p in (folder / "model", "micro/model"))
+    assert torch.allclose(trained, seen["adapted"], atol=1e-4)
+    assert not torch.allclose(base, seen["adapted"], atol=1e-2)
 
 
 def test_ofsd_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch):
-    rows, teacher = batch[0], frozen_copy(micro[0])
-    pairs = [(rows[i], rows[0].prompt_ids + rows[i].prompt_ids) for i in (1, 2, 4, 7)]
-    assert len({sum(student.loss_mask) for student, _ in pairs}) > 1
+    teacher, pairs = frozen_copy(micro[0]), pairs_of(batch[0], (1, 2, 4, 7))
+    assert len({sum(pair.student.loss_mask) for pair in pairs}) > 1
     results = []
     for size in (1, 3, 100):
         model = frozen_copy(micro[0]).requires_grad_(True)
-        spy = Spy(model)
-        stats = ofsd_step(model, teacher, spy, pairs, replace(SMALL, max_grad_norm=1e9, micro_batch=size))
-        results.append((spy.gradient, stats))
-    for gradient, stats in results[1:]:
-        assert (gradient - results[0][0]).norm() < 1e-4 * gradient.norm()
-        assert stats == pytest.approx(results[0][1], rel=1e-4)
+        spy, config = Spy(model), replace(SMALL, max_grad_norm=1e9, micro_batch=size)
+        results.append((ofsd_step(model, teacher, spy, pairs, config), spy.gradient))
+    first, whole = results[0]
+    for stats, parts in results[1:]:
+        assert (parts - whole).norm() < 1e-4 * whole.norm()
+        assert stats == pytest.approx(first, rel=1e-4)
 
 
 def test_a_stage_without_supported_edge_says_so_and_is_skipped(tmp_path, monkeypatch, capsys):
     scores = iter([{"em": 0.5, "em_supported": 0.2}, {"em": 0.3, "em_supported": 0.2}])
-    score = train_module.score
-    mined = lambda questions: questions[0]["id"].startswith("train")  # noqa: E731
-    monkeypatch.setattr(train_module, "score", lambda qs, ts: next(scores) if mined(qs) else score(qs, ts))
+    monkeypatch.setattr(eval_module, "score", lambda *_: next(scores))  # teacher, then student
     folder = train(replace(SMALL, out=str(tmp_path / "run"), force_ofsd=False))
     assert "no supported edge" in capsys.readouterr().out
     rows = read(folder, "metrics.jsonl")
     mining = next(row for row in rows if row["kind"] == "mining")
-    assert mining["skipped"] and mining["edge"] == pytest.approx(0.2) and mining["edge_supported"] == 0
-    assert not [row for row in rows if row["kind"] == "step" and row["stage"] == "ofsd-1"]
+    assert mining["skipped"] and mining["edge_supported"] == 0
+    assert mining["edge"] == pytest.approx(0.2)
+    assert not steps_of(folder, "ofsd-1")
 
 
 def test_a_run_whose_rewards_are_all_zero_says_so_and_completes(tmp_path, capsys):
@@ -351,78 +438,201 @@ def test_a_run_whose_rewards_are_all_zero_says_so_and_completes(tmp_path, capsys
 # ---------------------------------------------------------------- the command
 
 
-def test_every_setting_is_a_flag_with_help(command):
-    shown = command("train.py", "--help").stdout
+@pytest.fixture
+def started(monkeypatch):
+    """started(*arguments): the Config with which train.py would begin, and whether it resumes."""
+
+    def start(*arguments):
+        seen = []
+        monkeypatch.setattr(train_module, "train", lambda *given: seen.append(given))
+        run_main(monkeypatch, train_module.main, "train.py", *arguments)
+        return seen[0]
+
+    return start
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """refused(*arguments): the line with which train.py refuses them."""
+
+    def refuse(*arguments):
+        run_main(monkeypatch, train_module.main, "train.py", *arguments, status=2)
+        return line_of(capsys)
+
+    return refuse
+
+
+def test_every_setting_is_a_flag_with_help(monkeypatch, capsys):
+    run_main(monkeypatch, train_module.main, "train.py", "--help")
+    shown = capsys.readouterr().out
     for item in fields(Config):
-        assert "--" + item.name.replace("_", "-") in shown and item.metadata["help"].split()[0] in shown
+        assert "--" + item.name.replace("_", "-") in shown
+        assert item.metadata["help"].split()[0] in shown
+    assert "--config" in shown and "--resume" in shown
+
+
+def test_without_flags_the_settings_are_the_defaults(started):
+    assert started() == (Config(), False)
+    assert started("--seed", 3, "--grpo-lr", "1e-5", "--force-ofsd") == (
+        Config(seed=3, grpo_lr=1e-5, force_ofsd=True), False
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--frobnicate", "1"], "--frobnicate"),
-        (["--questions", "nowhere.jsonl"], "no such file: nowhere.jsonl"),
+        (["--questions", "nowhere.jsonl"], "nowhere.jsonl: [Errno 2] No such file or directory"),
+        (["--corpus", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
         (["--corpus", "BROKEN"], "broken.jsonl:2"),
-        (["--corpus", "EMPTY"], "the corpus is empty"),
+        (["--corpus", "EMPTY"], "empty.jsonl: there is nothing in it"),
+        (["--questions", "EMPTY"], "empty.jsonl: there is nothing in it"),
         (["--questions", "BROKEN"], "broken.jsonl:1"),
         (["--questions", "micro/train.jsonl,BROKEN"], "broken.jsonl:1"),
-        (["--questions", "micro/train.jsonl,LEAK"], "leak.jsonl: 1 training questions are test questions"),
+        (["--questions", "micro/train.jsonl,LEAK"], "leak.jsonl: 1 training questions are test"),
         (["--eval-questions", "micro/train.jsonl"], "training questions are test questions"),
-        (["--model", "tests"], "not a model folder"),
-        (["--model", "no/such-model"], "cannot load"),
-        (["--model", "micro/modle"], "no such model folder"),
+        (["--model", "tests"], "train.py: cannot use tests: "),
+        (["--model", "no/such-model"], "cannot use no/such-model: "),
+        (["--model", "micro/modle"], "cannot use micro/modle: "),
         (["--grpo-steps", "many"], "--grpo-steps"),
+        (["--grpo-steps", "-1"], "grpo_steps must be int, at least 0 and below 2**32, not -1"),
         (["--divergence", "kl"], "divergence"),
-        (["--group-size", "0"], "group_size"),
+        (["--group-size", "0"], "group_size must be int, above 0 and below 2**32, not 0"),
         (["--grpo-lr", "nan"], "grpo_lr"),
         (["--prompt", "no place for it"], "{question}"),
-        (["--out", "README.md/run"], "cannot make the run's folder"),
+        (["--retriever-url", "here"], "a retriever's URL is http:// or https://"),
+        (["--config", "a", "--resume", "b"], "not allowed with"),
+        (["--out", "README.md/run"], "Not a directory"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, flags, message):
+    leak = {**json.loads(open("micro/test.jsonl").readline()), "id": "new"}
     (tmp_path / "broken.jsonl").write_text('{"id": "0", "title": "a", "text": "b"}\n{oops\n')
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "leak.jsonl").write_text(json.dumps({**json.loads(open("micro/test.jsonl").readline()), "id": "new"}) + "\n")
+    (tmp_path / "leak.jsonl").write_text(json.dumps(leak) + "\n")
     out = tmp_path / "run"
     for name in ("BROKEN", "EMPTY", "LEAK"):
         flags = [flag.replace(name, str(tmp_path / f"{name.lower()}.jsonl")) for flag in flags]
-    assert message in refused("train.py", "--out", out, *flags)
+    assert message in refused("--out", out, *flags)
     assert not out.exists()
 
 
+def test_a_wrong_flag_ends_the_process_too(command):
+    """The same, once, as a user has it."""
+    done = command("train.py", "--frobnicate", "1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_settings_come_from_a_file_and_flags_win(started, small_run, tmp_path):
+    """The form is that of a run's config.json."""
+    day = json.loads((small_run / "config.json").read_text())["date"]  # of the run
+    config = replace(SMALL, out=str(small_run), date=day)
+    assert started("--config", small_run / "config.json") == (config, False)
+    flags = "--seed", 7, "--out", tmp_path / "run"
+    config = replace(config, seed=7, out=str(tmp_path / "run"))
+    assert started("--config", small_run / "config.json", *flags) == (config, False)
+    few = tmp_path / "few.json"
+    few.write_text('\ufeff{"rounds": 5, "grpo_lr": 1, "ofsd": false}', encoding="utf-8")
+    assert started("--config", few) == (Config(rounds=5, grpo_lr=1, ofsd=False), False)
+    assert started("--config", few, "--rounds", 1)[0].rounds == 1
+
+
+def test_the_files_in_configs_are_settings(started):
+    files = [*(ROOT / "configs").glob("*.json")]
+    for file in files:
+        started("--config", file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"frobnicate": 1}', "unexpected keyword argument 'frobnicate'"),
+        ('{"rounds": "2"}', "rounds must be int, at least 0 and below 2**32, not '2'"),
+        ('{"rounds": 2.0}', "rounds must be int, at least 0 and below 2**32, not 2.0"),
+        ('{"rounds": true}', "rounds must be int, at least 0 and below 2**32, not True"),
+        ('{"rounds": null}', "rounds must be int, at least 0 and below 2**32, not None"),
+        ('{"ofsd": 1}', "ofsd must be bool, any, not 1"),
+        ('{"model": 7}', "model must be"),
+        ('{"clip": ["none"]}', "clip must be"),
+        ('{"grpo_lr": NaN}', "grpo_lr must be float, above 0 and below 2**32, not nan"),
+        ('{"group_size": 0}', "group_size must be int, above 0 and below 2**32, not 0"),
+        ('{"prompt": "no place"}', "{question}"),
+        ("[1]", "settings.json"),
+        ("7", "settings.json"),
+        ("{oops", "settings.json: Expecting property name"),
+        ("", "settings.json: Expecting value"),
+        (b"\xff\xfe", "settings.json"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_file_that_holds_no_settings_is_one_line(refused, tmp_path, text, message):
+    file = tmp_path / "settings.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    told = refused("--config", file, "--out", tmp_path / "run")
+    assert message in told and "settings.json" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_gives_the_run_that_its_flags_give(small_run, tmp_path, monkeypatch):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(asdict(SMALL)))
+    flags = "--config", file, "--out", tmp_path / "run"
+    run_main(monkeypatch, train_module.main, "train.py", *flags)
+    one, two = (untimed(read(f, "metrics.jsonl")) for f in (small_run, tmp_path / "run"))
+    assert one == two
+
+
 @pytest.mark.slow
-@pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR names no folder of SmolLM2-135M")
+@pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR names no folder")
 @pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="the real questions are not there")
 def test_smollm2_is_started_and_then_learns_by_both_losses_from_real_questions(tmp_path):
-    """As it comes it writes no tag. Shown eight questions five times each it searches and answers, some of
-    them rightly, and GRPO and OFSD go on from there."""
-    corpus = str(DATA / "hotpotqa/corpus.jsonl.gz")
+    """As it comes it writes no tag. Shown eight questions five times each it searches and answers,
+    some of them rightly, and GRPO and OFSD go on from there."""
+    corpus, base = str(DATA / "hotpotqa/corpus.jsonl.gz"), os.environ["SMOLLM2_DIR"]
     index, rows = open_index(corpus), load_questions(str(DATA / "hotpotqa/questions.jsonl.gz"))
     shown = [row for row in rows[:100] if make.demonstrate_real(index, row)][:8]
     for name, part in (("shown", shown * 5), ("train", shown), ("test", rows[-4:])):
         make.write_jsonl(tmp_path / f"{name}.jsonl", part)
-    model, tokenizer = load_model(os.environ["SMOLLM2_DIR"])
+    model, tokenizer = load_model(base)
     as_it_comes = evaluate(model, tokenizer, index, shown[:2], max_turn_tokens=96)
     assert as_it_comes["answered"] == as_it_comes["searches"] == 0
     set_seed(0)
-    make.start_real(os.environ["SMOLLM2_DIR"], str(tmp_path / "shown.jsonl"), corpus, tmp_path / "started", 40, random.Random(0))
+    questions, out = str(tmp_path / "shown.jsonl"), tmp_path / "started"
+    make.start_real(base, questions, corpus, out, 40, random.Random(0))
     folder = train(Config(
-        model=str(tmp_path / "started"), questions=str(tmp_path / "train.jsonl"), eval_questions=str(tmp_path / "test.jsonl"),
-        corpus=corpus, out=str(tmp_path / "run"), rounds=1, grpo_steps=2, questions_per_step=4, group_size=4, grpo_lr=5e-6,
-        ofsd_questions=8, ofsd_epochs=1, ofsd_batch=4, ofsd_lr=5e-6, force_ofsd=True, micro_batch=2, max_turn_tokens=96,
-        max_observation_tokens=300, max_privileged_tokens=1200,
+        model=str(out), questions=str(tmp_path / "train.jsonl"),
+        eval_questions=str(tmp_path / "test.jsonl"), corpus=corpus, out=str(tmp_path / "run"),
+        rounds=1, grpo_steps=2, questions_per_step=4, group_size=4, grpo_lr=5e-6,
+        ofsd_questions=8, ofsd_epochs=1, ofsd_batch=4, ofsd_lr=5e-6, force_ofsd=True,
+        micro_batch=2, max_turn_tokens=96, max_observation_tokens=300, max_privileged_tokens=1200,
     ))  # fmt: skip
-    rows = read(folder, "metrics.jsonl")
-    evals, (first, _) = [row for row in rows if row["kind"] == "eval"], [row for row in rows if row["stage"] == "grpo-1" and row["kind"] == "step"]
+    evals = [row for row in read(folder, "metrics.jsonl") if row["kind"] == "eval"]
     assert [row["stage"] for row in evals] == ["base", "grpo-1", "ofsd-1"]
     assert evals[0]["answered"] > 0.5 and evals[0]["searches"] > 0.5
+    first, _ = steps_of(folder, "grpo-1")
     assert first["reward"] > 0 and first["logprob_gap"] < 1e-3
-    distilled = [row for row in rows if row["stage"] == "ofsd-1" and row["kind"] == "step"]
+    distilled = steps_of(folder, "ofsd-1")
     assert distilled and all(row["loss"] > 0 and row["grad_norm"] > 0 for row in distilled)
 
 
-def test_a_trajectory_in_json_keeps_who_wrote_what(small_run, micro, batch):
+def test_a_trajectory_in_json_keeps_who_wrote_what(small_run, batch):
     row = read(small_run, "trajectories.jsonl")[0]
-    assert {"question", "answer", "queries", "finish_reason", "text", "golden_answers", "em"} <= row.keys()
+    names = {"question", "answer", "queries", "finish_reason", "text", "golden_answers", "em"}
+    assert names <= row.keys()
     assert all(who in (0, 1) for who, _ in row["text"]) and row["text"][0][0] == 1
     assert len(list(spans(batch[0][0]))) >= 1
+
+
+def test_a_pair_in_json_has_a_divergence_for_each_token_of_the_policy(small_run):
+    rows = [row for row in read(small_run, "trajectories.jsonl") if row["kind"] == "pair"]
+    assert rows
+    for row in rows:
+        assert len(row["rewards"]) == SMALL.group_size
+        for who, text in row["student"]["text"]:
+            told = ""
+            while told != text:
+                token, nats = row["divergence"].pop(0)
+                told += token
+                assert (nats is None) == (not who) and (nats is None or nats > -1e-5)
+        assert not row["divergence"]

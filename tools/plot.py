@@ -1,6 +1,8 @@
-"""Curves of runs: python results/plot.py runs/a runs/b prints them, and writes runs/a/curves.png with matplotlib.
+"""Curves of runs: EM on the test questions after each stage, and GRPO's reward.
 
-EM on the test questions after each stage, and GRPO's reward, a mean of every five steps.
+    python tools/plot.py runs/a runs/b    # in the terminal; with matplotlib also runs/a/curves.png
+
+A block of the reward is the mean of five steps.
 """
 
 import sys
@@ -25,9 +27,10 @@ def bars(values: list[float]) -> str:
 
 def curves(folder: Path) -> tuple[list[tuple[str, float, float]], list[float]]:
     """(stage, minutes, EM) of each evaluation, and GRPO's mean rewards."""
-    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
+    rows = list(read_jsonl(folder / "metrics.jsonl"))
     rewards = [row["reward"] for row in rows if row["kind"] == "step" and "reward" in row]
-    evaluations = [(row["stage"], row["time_s"] / 60, row["em"]) for row in rows if row["kind"] == "eval"]
+    tested = [row for row in rows if row["kind"] == "eval"]
+    evaluations = [(row["stage"], row["time_s"] / 60, row["em"]) for row in tested]
     return evaluations, [mean(rewards[i : i + 5]) for i in range(0, len(rewards), 5)]
 
 
@@ -36,7 +39,8 @@ def figure(runs: dict[Path, tuple], target: Path) -> None:
 
     picture, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for folder, (evaluations, _) in runs.items():
-        axes.plot([minutes for _, minutes, _ in evaluations], [em for *_, em in evaluations], marker="o", label=folder.name)
+        _, minutes, ems = zip(*evaluations)
+        axes.plot(minutes, ems, marker="o", label=folder.name)
     axes.set(xlabel="minutes", ylabel="exact match, test questions", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -46,11 +50,13 @@ def figure(runs: dict[Path, tuple], target: Path) -> None:
 def main() -> None:
     folders = [Path(name) for name in sys.argv[1:]]
     if not folders or any(not (folder / "metrics.jsonl").is_file() for folder in folders):
-        raise BadInput("give folders of runs: python results/plot.py runs/a runs/b")
+        raise BadInput("give folders of runs: python tools/plot.py runs/a runs/b")
     runs = {folder: curves(folder) for folder in folders}
     for folder, (evaluations, rewards) in runs.items():
-        print(f"{folder}\n  EM      |{bars([em for *_, em in evaluations])}|  " + "  ".join(f"{stage} {em:.3f}" for stage, _, em in evaluations))
-        print(f"  reward  |{bars(rewards)}|  {rewards[0]:.2f} to {rewards[-1]:.2f}" if rewards else "  no step of GRPO")
+        stages = "  ".join(f"{stage} {em:.3f}" for stage, _, em in evaluations)
+        print(f"{folder}\n  EM      |{bars([em for *_, em in evaluations])}|  {stages}")
+        ends = f"|  {rewards[0]:.2f} to {rewards[-1]:.2f}" if rewards else ""
+        print(f"  reward  |{bars(rewards)}{ends}" if rewards else "  no step of GRPO")
     try:
         figure(runs, folders[0] / "curves.png")
         print(folders[0] / "curves.png")
