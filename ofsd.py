@@ -32,6 +32,7 @@ Deviations from the paper (Search-E1, arXiv 2605.22511)
 import math
 from bisect import bisect
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ from grpo import backward_in_chunks, chunks, clip_and_update, gather, micro_batc
 from grpo import policy_hidden, rank_and_ranks, to_logits
 from retriever import words
 from rollout import Trajectory, chat_ids, context_length, decode, neutralise, observation_ids
-from rollout import spans, standard_prompt
+from rollout import standard_prompt
 
 PRIVILEGED = """\
 {prompt}
@@ -122,6 +123,12 @@ def privileged_ids(tokenizer, question: str, reference: Trajectory, budget: int 
     shown = "".join(parts).strip()
     prompt = standard_prompt(tokenizer, question)
     return chat_ids(tokenizer, PRIVILEGED.format(prompt=prompt, reference=shown))
+
+def spans(trajectory: Trajectory):
+    """Yield (sampled, ids) for each run of tokens with the same author, in order."""
+    tokens = zip(trajectory.loss_mask, trajectory.response_ids)
+    for sampled, run in groupby(tokens, key=lambda token: token[0]):
+        yield bool(sampled), [id for _, id in run]
 
 def divergences(student_logits, teacher_logits, *, kind="forward_kl", clip="none", tau=0.05):
     """D at each position in nats, clipped if asked: (N, V), (N, V) -> (N,). No gradient reaches

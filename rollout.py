@@ -7,9 +7,8 @@ or </answer>, and after a search the environment writes what the retriever found
     o_i = <think>...</think> <search>query</search>       and at last   <answer>...</answer>
     e_i = <information>passages</information>             written: loss_mask 0 (Trajectory.extend)
 
-Whether a turn is over is decided on its decoded text, but what is kept are the sampled ids. A
-token such as ">\n", which closes a tag and goes on, stays whole. Nothing is decoded and encoded
-again, so training scores exactly what was sampled.
+Whether a turn is over is decided on its decoded text, but the sampled ids are kept: a token such
+as ">\n", which closes a tag and goes on, stays whole. So training scores just what was sampled.
 
 Deviations from the paper (Search-E1, arXiv 2605.22511)
     1. The wording of the prompt is ours. A tokenizer may bring its own, as micro/model does.
@@ -27,7 +26,6 @@ from bisect import bisect
 from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -83,15 +81,9 @@ class Trajectory:
         length = len(self.response_ids) + more
         return next((reason for reason, most in self.limits.items() if length >= most), "")
 
-def spans(trajectory: Trajectory):
-    """Yield (sampled, ids) for each run of tokens with the same author, in order."""
-    tokens = zip(trajectory.loss_mask, trajectory.response_ids)
-    for sampled, run in groupby(tokens, key=lambda token: token[0]):
-        yield bool(sampled), [id for _, id in run]
-
 def parse_turn(text: str) -> tuple[str, str] | None:
-    """What a turn says: ("search", query), ("answer", answer), or None if nothing yet. A closing
-    tag without an opening one is ignored; the last of several opening ones counts.
+    """("search", query), ("answer", answer), or None if a turn says nothing yet. The last of
+    several opening tags counts, and a closing one without any is ignored.
 
     >>> parse_turn("<think>hm</think> <search> Ada's <search> mother </search>")
     ('search', 'mother')
@@ -109,7 +101,6 @@ def rollout(
     batch_size: int = 256, prompts: list[list[int]] | None = None, progress: str = "",
 ) -> list[Trajectory]:  # fmt: skip
     """Sample group_size trajectories for each question: one list, groups side by side.
-
     At temperature 0 sampling is greedy, and logprobs are those at temperature 1. seed None draws
     from torch's global state. A trajectory has at most max_searches, and a search finds at most k
     passages. The other limits are tokens; max_tokens counts observations, too. batch_size:
@@ -117,7 +108,7 @@ def rollout(
     if prompts is None:
         prompts = [chat_ids(tokenizer, standard_prompt(tokenizer, q)) for q in questions]
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
-    listed = getattr(model.generation_config, "eos_token_id", None)
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
     # Only a token with a ">" in it can complete a closing tag.
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))

@@ -39,9 +39,9 @@ import torch.distributed as dist
 
 from eval import batch_stats, load_mixture, load_questions, report, rewards_of, score, teacher_edge
 from grpo import check_training, frozen_copy, gather, grpo_step, rank_and_ranks
-from ofsd import Pair, merge_adapters, mine_pairs, ofsd_step, token_divergences, trainable
+from ofsd import Pair, merge_adapters, mine_pairs, ofsd_step, spans, token_divergences, trainable
 from retriever import BadInput, Parser, Passage, RemoteRetriever, open_index, run_script
-from rollout import Trajectory, chat_ids, decode, load_model, rollout, save_model, spans
+from rollout import Trajectory, chat_ids, decode, load_model, rollout, save_model
 from rollout import standard_prompt
 
 def setting(default, help: str, **limits):

@@ -60,10 +60,10 @@ from grpo import (  # noqa: E402
     policy_hidden, to_logits, token_logprobs,
 )  # fmt: skip
 from ofsd import (  # noqa: E402
-    Pair, divergences, mine_pairs, ofsd_step, privileged_prompt, trainable,
+    Pair, divergences, mine_pairs, ofsd_step, privileged_prompt, spans, trainable,
 )  # fmt: skip
 from retriever import run_script  # noqa: E402
-from rollout import Trajectory, decode, encode, parse_turn, spans  # noqa: E402
+from rollout import Trajectory, decode, encode, parse_turn  # noqa: E402
 from train import Config, Run  # noqa: E402
 
 # ---------------------------------------------------------------- a run whose cost is counted

@@ -162,7 +162,7 @@ MUTANTS = [  # file, what is broken, text in the file, what it becomes
     ("ofsd.py", "adapters beside other matrices",
         "if parameter.ndim > 1 and", "if parameter.ndim > 9 and"),
     ("ofsd.py", "teacher with adapters",
-        "        LoRA.on = False\n", ""),
+        "LoRA.on = False  # the", "pass  # the"),
     ("ofsd.py", "student without adapters",
         "        LoRA.on = True", "        pass"),
     ("ofsd.py", "merged by half",

@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from eval import load_questions  # noqa: E402
-from ofsd import privileged_prompt  # noqa: E402
+from ofsd import privileged_prompt, spans  # noqa: E402
 from retriever import (  # noqa: E402
     BM25, BadInput, Passage, bm25_score, load_corpus, printable, words,
 )  # fmt: skip
 from rollout import (  # noqa: E402
-    TAGS, Trajectory, chat_ids, decode, encode, neutralise, observation_ids, parse_turn, spans,
+    TAGS, Trajectory, chat_ids, decode, encode, neutralise, observation_ids, parse_turn,
     standard_prompt,
 )  # fmt: skip
 

@@ -10,9 +10,9 @@ from conftest import ROOT
 import retriever
 from eval import evaluate, load_questions
 from grpo import grpo_step
-from ofsd import privileged_prompt
+from ofsd import privileged_prompt, spans
 from retriever import BM25, BadInput, Passage, RemoteRetriever, load_corpus, printable, run_script
-from rollout import TAGS, chat_ids, decode, encode, rollout, spans, standard_prompt
+from rollout import TAGS, chat_ids, decode, encode, rollout, standard_prompt
 from train import Config
 
 HOSTILE = {

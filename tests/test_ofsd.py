@@ -11,12 +11,11 @@ import grpo
 from grpo import backward_in_chunks, policy_hidden, response_logits, to_logits
 from ofsd import (
     PRIVILEGED, LoRA, Pair, add_adapters, difference, distill_loss, divergences, layers_of,
-    merge_adapters, mine_pair, mine_pairs, ofsd_step, privileged_prompt, token_divergences,
+    merge_adapters, mine_pair, mine_pairs, ofsd_step, privileged_prompt, spans, token_divergences,
 )  # fmt: skip
 from retriever import Passage
 from rollout import (
-    TAGS, Trajectory, chat_ids, context_length, decode, encode, observation_ids, spans,
-    standard_prompt,
+    TAGS, Trajectory, chat_ids, context_length, decode, encode, observation_ids, standard_prompt,
 )  # fmt: skip
 from train import Config
 

@@ -22,9 +22,9 @@ from grpo import (
     frozen_copy, group_advantages, grpo_loss, grpo_step, policy_hidden, response_logits,
     token_logprobs,
 )  # fmt: skip
-from ofsd import LoRA, Pair, ofsd_step
+from ofsd import LoRA, Pair, ofsd_step, spans
 from retriever import BadInput, open_index, run_script
-from rollout import Trajectory, load_model, rollout, spans
+from rollout import Trajectory, load_model, rollout
 from train import Config, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
