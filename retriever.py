@@ -51,14 +51,15 @@ class Passage:
     text: str
     score: float = 0.0
 
+WORD = r"\w[\w\u0307]*"  # the lower case of "İ" is an i and the dot U+0307, which is no \w
+
 def words(text: str) -> list[str]:
-    r"""Lower-cased runs of \w. There is no stemming and no stop list.
+    """The words of a text, in lower case. There is no stemming and no stop list.
 
     >>> words("Apollo 8's crew")
     ['apollo', '8', 's', 'crew']
     """
-    # The lower case of "İ" is an i and the dot U+0307. The dot is no \w, but part of the word.
-    return re.findall(r"\w[\w\u0307]*", text.lower())
+    return re.findall(WORD, text.lower())
 
 def bm25_score(query: str, text: str, texts: list[str], k1: float = 0.9, b: float = 0.4) -> float:
     """The formula as it stands above, for one of the texts. A test holds the index to it.
@@ -340,7 +341,7 @@ def main() -> None:
     query = " ".join(args.query)
     mark = lambda match: f"*{match[0]}*" if {*words(match[0])} & {*words(query)} else match[0]
     for passage in open_index(args.corpus, args.save).search([query], args.k)[0]:
-        text = re.sub(r"\w+", mark, printable(f"{passage.title}: {passage.text}"))
+        text = re.sub(WORD, mark, printable(f"{passage.title}: {passage.text}"))
         print(f"{passage.score:.4f}  {text}")
 
 if __name__ == "__main__":

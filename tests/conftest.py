@@ -1,6 +1,7 @@
 """Shared by the tests: the micro model, a random one of its shape, a corpus of three passages."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from retriever import BM25, Passage, load_corpus  # noqa: E402
+from retriever import BM25, Passage, load_corpus, run_script  # noqa: E402
 from rollout import load_model  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def exit_status(monkeypatch, main, script, *arguments):
+    """Do what `python script arguments` does, in this process. Returns the exit status."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            run_script(main)
+        except SystemExit as end:
+            return end.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+    return 0
+
+
+def run_here(monkeypatch, capsys, main, script, *arguments):
+    """exit_status from the repository's folder, and what was written to both streams."""
+    monkeypatch.chdir(ROOT)
+    return exit_status(monkeypatch, main, script, *arguments), *capsys.readouterr()
 
 
 @pytest.fixture(scope="session")

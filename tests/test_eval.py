@@ -3,11 +3,11 @@
 import gzip
 import json
 import re
-import sys
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 import eval as eval_module
 from eval import (
@@ -15,7 +15,7 @@ from eval import (
     load_mixture, load_questions, normalize_answer, print_results, print_table, rewards_of, score,
     supported,
 )  # fmt: skip
-from retriever import BadInput, Passage, run_script
+from retriever import BadInput, Passage
 from rollout import Trajectory, standard_prompt
 
 
@@ -183,18 +183,7 @@ def test_evaluate_takes_what_rollout_takes(monkeypatch):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run eval.py in this process: its exit status and what it wrote to both streams."""
-
-    def run(*args):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-        status = 0
-        try:
-            run_script(eval_module.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+    return partial(run_here, monkeypatch, capsys, eval_module.main, "eval.py")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 import retriever
 from retriever import (
@@ -52,6 +52,7 @@ def test_a_letter_that_becomes_two_in_lower_case_stays_in_its_word():
     """The lower case of the Turkish İ is an i and a dot above it, and the dot is no letter."""
     assert len(words("İzmir")) == 1 and words("İzmir") != words("Izmir")
     assert "i" not in words("İ")
+    assert words("Ukpeag\u0307vik") == ["ukpeag\u0307vik"]  # the same dot over another letter
     index = BM25([Passage("0", "", "I sleep"), Passage("1", "", "İzmir lies on the sea")])
     assert index.search(["İ"], 2) == [[]]
     assert [passage.id for passage in index.search(["in İzmir"], 2)[0]] == ["1"]
@@ -636,18 +637,7 @@ def test_a_redirect_is_followed_with_the_whole_request(server, status):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Run retriever.py in this process: its exit status and what it wrote to both streams."""
-
-    def run(*args):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["retriever.py", *map(str, args)])
-        status = 0
-        try:
-            run_script(retriever.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(run_here, monkeypatch, capsys, retriever.main, "retriever.py")
 
 
 def test_the_command(command, script, corpus):

@@ -3,14 +3,12 @@
 import json
 import os
 import random
-import signal
-import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, exit_status
 from transformers import AutoModelForCausalLM, set_seed
 
 import eval as eval_module
@@ -23,7 +21,7 @@ from grpo import (
     token_logprobs,
 )  # fmt: skip
 from ofsd import LoRA, Pair, ofsd_step, spans
-from retriever import BadInput, open_index, run_script
+from retriever import BadInput, open_index
 from rollout import Trajectory, load_model, rollout
 from train import Config, train
 
@@ -49,17 +47,8 @@ def steps_of(folder, stage):
 
 
 def run_main(monkeypatch, main, script, *arguments, status=0):
-    """What `python script arguments` does, in this process."""
-    handler, ended = signal.getsignal(signal.SIGTERM), 0
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            run_script(main)
-        except SystemExit as error:
-            ended = error.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-    assert ended == status
+    """What `python script arguments` does, in this process. It must end with this status."""
+    assert exit_status(monkeypatch, main, script, *arguments) == status
 
 
 def line_of(capsys):
