@@ -27,8 +27,20 @@ PLAIN = replace(SMALL, save_every=1, ofsd_batch=2)  # several steps of either st
 LORA = replace(PLAIN, lora_rank=2, grpo_lora_rank=2, grpo_lr=1e-3)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums are equal to the bit only where the same number of threads adds them up, and several
+    have been seen to divide the work otherwise in another process on a busy machine."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that launch() starts
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(tmp_path_factory, one_thread):
     """{with adapters?: the folder of a run that was never stopped}"""
     folder = tmp_path_factory.mktemp("undisturbed")
     configs = {False: PLAIN, True: LORA}
