@@ -236,9 +236,9 @@ def check_training(model) -> None:
     """Raise ValueError if a training pass does not see the logits that sampling sees."""
     tried = SimpleNamespace(prompt_ids=[1], response_ids=[2] * 40, loss_mask=[1] * 40)
     logits, plain = to_logits(model, policy_hidden(model, [tried])), response_logits(model, tried)
-    gap = (logits.log_softmax(-1) - plain.log_softmax(-1)).abs().max()
-    if not gap < (0.01 if model.device.type == "cpu" else 0.5):  # bfloat16 keeps eight bits
-        raise ValueError(f"log-probabilities are off by {gap:.2g} when it is trained")
+    gap = (logits.softmax(-1) - plain.softmax(-1)).abs().sum(-1).max() / 2  # total variation
+    if not gap < (0.005 if model.device.type == "cpu" else 0.1):  # bfloat16: .06 with SmolLM2
+        raise ValueError(f"its probabilities are off by {gap:.2g} when it is trained")
     logits.sum().backward()  # which must work, too
     model.zero_grad()
 

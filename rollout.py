@@ -105,8 +105,7 @@ def rollout(
     from torch's global state. A trajectory has at most max_searches, and a search finds at most k
     passages. The other limits are tokens; max_tokens counts observations, too. batch_size:
     trajectories in flight. prompts: ids that replace standard prompts. progress: a bar's title."""
-    if prompts is None:
-        prompts = [chat_ids(tokenizer, standard_prompt(tokenizer, q)) for q in questions]
+    prompts = prompts or [chat_ids(tokenizer, standard_prompt(tokenizer, q)) for q in questions]
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
@@ -138,17 +137,17 @@ def rollout(
             n = len(rows)
             while n:
                 last = [(row.response_ids or row.prompt_ids)[-1:] for row in rows[:n]]
-                logits = cache.feed(last)  # (n, V)
-                tokens, logprobs = sample(logits, temperature, generator)
+                tokens, logprobs = sample(cache.feed(last), temperature, generator)  # (n,) each
+                order = list(range(n))
                 for i in reversed(range(n)):
-                    row = rows[i]
-                    row.extend([tokens[i]], [logprobs[i]])
-                    turn = row.response_ids[row.turn_start :]
+                    rows[i].extend([tokens[i]], [logprobs[i]])
+                    turn = rows[i].response_ids[rows[i].turn_start :]
                     text = decode(tokenizer, turn) if tokens[i] in closers else ""
-                    if end_turn(row, text, stops, max_searches, max_turn_tokens):
+                    if end_turn(rows[i], text, stops, max_searches, max_turn_tokens):
                         n -= 1
-                        cache.swap(i, n)
-                        rows[i], rows[n] = rows[n], row
+                        order[i], order[n] = order[n], order[i]
+                rows[: len(order)] = [rows[i] for i in order]
+                cache.reorder(order)
 
             # 2. Search for all rows that asked, in one call, and let each read what was found.
             asking = [row for row in rows if not row.finish_reason]
@@ -210,8 +209,8 @@ def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int
     head, newline, tail = (encode(tokenizer, part) for part in parts)
     # A passage may be a megabyte in one line. Twenty characters a token are more than enough.
     texts = [f"- {passage.title}: {passage.text}"[: 20 * budget] for passage in passages]
-    texts = [" ".join(text.split()) for text in texts] or ["nothing was found"]
-    lines = [encode(tokenizer, neutralise(text, tokenizer)) for text in texts]
+    texts = [neutralise(" ".join(text.split()), tokenizer) for text in texts]
+    lines = [encode(tokenizer, text) for text in texts or ["nothing was found"]]
     room = budget - len(head) - len(tail) - len(lines) * len(newline)
     # Cut the longest first. Of the lengths 0, 1, 2, ... the first `fit` leave room for all lines.
     fit = bisect(range(budget + 1), room, key=lambda most: sum(min(len(x), most) for x in lines))
@@ -297,8 +296,7 @@ class RowCache(Cache):
                 position_ids=self.slots.clamp(max=context_length(self.model) - 1),
                 past_key_values=self, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
-        for row, chunk in enumerate(chunks):
-            self.lengths[row] += len(chunk)
+        self.lengths[:n] = [length + len(chunk) for length, chunk in zip(self.lengths, chunks)]
         return output.logits[:, -1].float()  # (n, V)
 
     def update(self, keys, values, layer: int, *args, **kwargs):
@@ -318,11 +316,13 @@ class RowCache(Cache):
     def get_seq_length(self, *args) -> int:
         return self.used
 
-    def swap(self, one: int, two: int) -> None:
-        """Exchange two rows."""
-        self.lengths[one], self.lengths[two] = self.lengths[two], self.lengths[one]
-        for kept in self.store.values():
-            kept[[one, two], :, : self.used] = kept[[two, one], :, : self.used]
+    def reorder(self, order: list[int]) -> None:
+        """Row order[i] becomes row i. All that move are copied at once: a GPU waits for calls."""
+        self.lengths[: len(order)] = [self.lengths[row] for row in order]
+        moved = [i for i, row in enumerate(order) if i != row]
+        to, source = torch.tensor([moved, [order[i] for i in moved]], device=self.model.device)
+        for kept in self.store.values() if moved else ():
+            kept[to, :, : self.used] = kept[source, :, : self.used]
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order. A row may be named several times."""
@@ -347,8 +347,8 @@ def load_model(name: str, day: str = ""):
             vars(part).update(dict.fromkeys(drops, 0.0))
         how = dict(config=config, dtype=torch.float32, use_safetensors=True)
         model = AutoModelForCausalLM.from_pretrained(name, **how).eval()
+        check_sampling(model, tokenizer)  # on the CPU, where float32 leaves no doubt
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        check_sampling(model, tokenizer)
     except Exception as error:  # transformers raises many kinds for what is no model
         raise BadInput(f"cannot use {name}: {error}") from None
     return model, tokenizer
@@ -369,9 +369,9 @@ def check_sampling(model, tokenizer) -> None:
     cache.feed([ids[:-1], ids[:6]])
     cached = cache.feed([ids[-1:], ids[6:7]]).log_softmax(-1)  # (2, V)
     for row, chunk in enumerate((ids, ids[:7])):
-        logits = model(torch.tensor([chunk], device=model.device)).logits[0, -1].float()  # (V,)
+        logits = model(torch.tensor([chunk])).logits[0, -1].float()  # (V,)
         gap = (cached[row] - logits.log_softmax(-1)).abs().max()
-        if not gap < (0.01 if model.device.type == "cpu" else 0.5):  # bfloat16 keeps eight bits
+        if not gap < 0.01:
             raise ValueError(f"log-probabilities are off by {gap:.2g} when sampled with a cache")
 
 def save_model(model, tokenizer, folder: Path) -> None:

@@ -6,7 +6,8 @@
 A hidden state of width --hidden stands for the model; the output layer is a real one. Each row
 is a process of its own: forward and backward of (1) GRPO's log-probabilities, with the entropies
 that are logged, and (2) the forward KL to a teacher. Peak: the largest resident size above that
-before the loss. Time: the median of --repeats runs after one that warms up. plain is the formula
+before the loss, or on a GPU the most memory that torch held above that.
+Time: the median of --repeats runs after one that warms up. plain is the formula
 on the logits of all positions; chunks is what training uses (backward_in_chunks of grpo.py).
 TRL's functions (skipped where trl is not installed) are those its trainers call without a fused
 kernel: selective_log_softmax with entropy_from_logits, the full-vocabulary loss of its
@@ -107,6 +108,16 @@ WAYS = {
 def measure(name: str, positions: int, width: int, repeats: int) -> dict:
     """In a fresh process: the norms of both gradients, peak bytes above the start, seconds."""
     torch.manual_seed(0)
+    on_gpu = torch.cuda.is_available()
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+
+    def now(name: str) -> int:
+        """Bytes of memory held now (VmRSS), or at most so far (VmHWM)."""
+        if not on_gpu:
+            return resident(name)
+        torch.cuda.synchronize()
+        peak = name == "VmHWM"
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
 
     def inputs(vocabulary, positions):
         head = torch.nn.Linear(width, vocabulary, bias=False)
@@ -117,13 +128,14 @@ def measure(name: str, positions: int, width: int, repeats: int) -> dict:
     WAYS[name](*inputs(1000, 4))  # imports and thread pools are not the loss's
     head, hidden, teacher_hidden, ids = inputs(VOCABULARY, positions)
     head.weight.grad, hidden.grad = torch.zeros_like(head.weight), torch.zeros_like(hidden)
-    before, seconds = resident("VmRSS"), []
+    before, seconds = now("VmRSS"), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         WAYS[name](head, hidden, teacher_hidden, ids)
+        now("VmRSS")  # waits for the GPU
         seconds.append(time.perf_counter() - began)
     norms = [(x.grad.norm() / (repeats + 1)).item() for x in (hidden, head.weight)]
-    return {"norms": norms, "peak": resident("VmHWM") - before, "seconds": median(seconds[1:])}
+    return {"norms": norms, "peak": now("VmHWM") - before, "seconds": median(seconds[1:])}
 
 
 def main() -> None:
@@ -133,6 +145,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     print(f"vocabulary {VOCABULARY}, hidden width {args.hidden}, float32, "
+          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     print(f"\n{'':18}{'positions':>10}{'peak MB':>9}{'of plain':>10}{'seconds':>9}{'of plain':>10}"
           f"{'gradients of states and layer':>32}")  # fmt: skip
@@ -148,7 +161,7 @@ def main() -> None:
             share = {key: got[key] / plain[key] for key in ("peak", "seconds")}
             states, layer = got["norms"]
             print(f"{name:18}{positions:10}{got['peak'] / 1e6:9.0f}{share['peak']:10.2f}"
-                  f"{got['seconds']:9.2f}{share['seconds']:10.2f}{states:18.5e}{layer:14.5e}",
+                  f"{got['seconds']:9.4f}{share['seconds']:10.2f}{states:18.5e}{layer:14.5e}",
                   flush=True)  # fmt: skip
 
 

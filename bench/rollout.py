@@ -258,6 +258,10 @@ def compare_sampling(args, questions, index) -> None:
     sample = lambda retriever: rollout(speaker, tokenizer, retriever, questions, **how)
 
     record = sample(index)  # also warms up
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        sample(index)
+        print(f"peak GPU memory of (a): {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")
     total = sum(len(row.response_ids) for row in record)
     print(json.dumps({
         "model": args.model, "trajectories": len(record), "tokens": total,

@@ -3,7 +3,6 @@
     python micro/make.py              # rewrites everything in micro/ from seed 0; about 25 minutes on 2 cores
     python micro/make.py --data-only  # corpus and questions only; seconds
     python micro/make.py --check micro/model  # measure a model on the test questions; a minute
-    python micro/make.py --model M --questions Q --corpus C --out FOLDER   # teach a real model the tags (below)
 
 The world. Persons, towns, companies and novels, about a thousand, each with a passage of one
 sentence that names its relations to others. A name is an invented word and one for its kind
@@ -22,11 +21,6 @@ More than half of the demonstrations stand under the standard prompt and are clu
 under OFSD's privileged prompt: with a reference that solves this very question (four in
 five) the response is efficient; with one of another question it is as clumsy as ever, so that
 the model has to read the reference and not only notice that there is one.
-
-A real model that never writes the tags earns no reward, and GRPO has nothing to start from. --model
-trains it on demonstrations of a plainer script on real training questions: it searches for the question,
-then for each of "supporting_titles" that it has not found, and answers, if a passage that it found
-holds the answer (other questions are left out, so nothing is taught that was not read).
 """
 
 import json
@@ -45,9 +39,9 @@ from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokeniz
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from eval import evaluate, load_questions, rewards_of, supported, teacher_edge  # noqa: E402
+from eval import evaluate, load_questions, rewards_of, teacher_edge  # noqa: E402
 from ofsd import PRIVILEGED, mine_pairs, privileged_prompt  # noqa: E402
-from retriever import BM25, BadInput, Parser, Passage, load_corpus, open_index, run_script  # noqa: E402
+from retriever import BM25, Parser, Passage, load_corpus, run_script  # noqa: E402
 from rollout import (  # noqa: E402
     TAGS, Trajectory, chat_ids, encode, load_model, observation_ids, rollout, standard_prompt,
 )  # fmt: skip
@@ -161,7 +155,6 @@ MAX_SEARCHES, K, PRIVILEGED_TOKENS = 4, 3, 224  # as in train.py's defaults
 # learning rate, and what is left of it at the end. Searching and copying come first; reading a
 # reference takes most of the demonstrations.
 PHASES = ((12_000, 0.0, 2e-3, 0.8), (36_000, 0.6, 2e-3, 0.01))
-REAL_LR = 1e-4  # of a real model's start
 
 
 def demonstrate(rng: random.Random, world: World, question: dict, clumsy: bool) -> list:
@@ -354,43 +347,6 @@ def warm_start(model, demos: list[Trajectory], rng: random.Random, *, lr: float,
     model.eval()
 
 
-def demonstrate_real(index, question: dict) -> list | None:
-    """Steps as demonstrate gives them; None where no passage found holds the answer."""
-    steps, found = [], []
-    for query in [question["question"], *question.get("supporting_titles", [])][:MAX_SEARCHES]:
-        if query in (passage.title for passage in found):
-            continue
-        thought = f"I should read about {query}." if found else "I should search for this question."
-        passages = index.search([query], K)[0]
-        steps += [f"<think> {thought} </think>\n<search> {query} </search>", passages]
-        found += passages
-    for answer in question["golden_answers"]:
-        if supported(Trajectory("", [], answer=answer, passages=[found])):
-            return [*steps, f"<think> The passages say that it is {answer}. </think>\n<answer> {answer} </answer>"]
-    return None
-
-
-def start_real(name: str, questions: str, corpus: str, out: Path, count: int, rng: random.Random) -> None:
-    """Write to out/ the model of that name, trained on count demonstrations."""
-    if (out / "config.json").exists() or out == HERE:
-        raise BadInput(f"{out} holds a model already, or micro's data: choose another --out")
-    index, demos = open_index(corpus), []
-    model, tokenizer = load_model(name)
-    rows = load_questions(questions)
-    for row in rng.sample(rows, len(rows)):
-        if len(demos) == count:
-            break
-        if steps := demonstrate_real(index, row):
-            prompt = chat_ids(tokenizer, standard_prompt(tokenizer, row["question"]))
-            demos.append(as_trajectory(tokenizer, steps, row["question"], prompt))
-    if not demos:
-        raise BadInput(f"{questions}: for no question does {corpus} hold a passage with the answer that BM25 finds")
-    print(f"{len(demos)} demonstrations from {len(rows)} questions")
-    warm_start(model, demos, rng, lr=REAL_LR, last=0.1, batch=2, observation_weight=0.0)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
 def write_jsonl(path: Path, rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -420,25 +376,15 @@ def check(name: str) -> dict:
 
 
 def main() -> None:
-    parser = Parser(description="Build the micro world and its model, or give a real model its start.")
+    parser = Parser(description="Build the micro world and its model.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-only", action="store_true", help="leave the model alone")
     parser.add_argument("--out", default=str(HERE), help="folder to write to")
     parser.add_argument("--check", metavar="MODEL", help="build nothing; measure this model on the test questions")
-    parser.add_argument("--model", help="build nothing; teach this one the tags, on --questions and --corpus, into --out")
-    parser.add_argument("--questions", help="training questions for --model: JSON lines or hub/dataset:config:split")
-    parser.add_argument("--corpus", help="passages for --model: JSON lines")
-    parser.add_argument("--count", type=int, default=200, help="demonstrations for --model")
     args = parser.parse_args()
     out = Path(args.out)
     if args.check:
         print(json.dumps(check(args.check), indent=2))
-        return
-    if args.model:
-        if not args.questions or not args.corpus or args.count < 1:
-            parser.error("--model needs --questions and --corpus, and a --count of at least 1")
-        set_seed(args.seed)
-        start_real(args.model, args.questions, args.corpus, out, args.count, random.Random(args.seed))
         return
     out.mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)

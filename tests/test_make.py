@@ -113,30 +113,6 @@ def test_the_data_is_json_lines_of_the_documented_form():
             assert {"id", "question", "golden_answers"} <= json.loads(line).keys()
 
 
-def test_a_real_question_is_demonstrated_by_what_is_found(three):
-    question = {
-        "question": "Whose engine, Lovelace?", "golden_answers": ["Ada Lovelace"],
-        "supporting_titles": ["Ada Lovelace", "London"],
-    }  # fmt: skip
-    steps = make.demonstrate_real(three, question)
-    kinds = [type(step) for step in steps]
-    assert kinds == [str, list, str, list, str]  # the question itself finds Ada
-    assert "<search> Whose engine, Lovelace? </search>" in steps[0]
-    assert "<search> London </search>" in steps[2]
-    assert steps[-1].endswith("<answer> Ada Lovelace </answer>")
-    assert make.demonstrate_real(three, {**question, "golden_answers": ["a bus driver"]}) is None
-
-
-def test_a_demonstration_is_written_as_a_rollout_is(tokenizer, three):
-    """Its passages are those of its observations: a privileged prompt writes them anew."""
-    question = {"question": "Who, Babbage?", "golden_answers": ["Charles Babbage"]}
-    steps = make.demonstrate_real(three, question)
-    made = make.as_trajectory(tokenizer, steps, "Who, Babbage?", [1])
-    assert made.passages == [step for step in steps if isinstance(step, list)]
-    sizes = {len(made.response_ids), len(made.loss_mask), len(made.logprobs)}
-    assert len(sizes) == 1 and {*made.loss_mask} == {0, 1}
-
-
 def test_the_padded_forward_pass_is_the_plain_one(micro):
     """The supervised training's: rows of any length, each as if it stood alone."""
     rows = [Trajectory("", [5, 6, 7], [8, 9]), Trajectory("", [10], [11, 12, 13, 14])]
@@ -147,28 +123,11 @@ def test_the_padded_forward_pass_is_the_plain_one(micro):
         assert torch.allclose(logits[: len(plain)], plain, atol=1e-4)
 
 
-def test_a_real_model_is_given_its_start(tmp_path, monkeypatch, capsys, micro):
-    """The command end to end, on micro/model."""
-    how = [
-        "--model", "micro/model", "--questions", "micro/train.jsonl",
-        "--corpus", "micro/corpus.jsonl", "--count", "6", "--out", tmp_path / "started",
-    ]  # fmt: skip
-    run_main(monkeypatch, make.main, "make.py", *how)
-    assert "6 demonstrations from 1080 questions" in capsys.readouterr().out
-    started, tokenizer = load_model(str(tmp_path / "started"))
-    assert tokenizer.init_kwargs["search_prompt"] == "{question}"
-    assert not torch.equal(next(started.parameters()), next(micro[0].parameters()))
-    run_main(monkeypatch, make.main, "make.py", *how, status=2)
-    assert "holds a model already" in line_of(capsys)
-
-
 @pytest.mark.parametrize(
     "flags",
     [
         ["--frobnicate"],
-        ["--model", "micro/model"],
-        ["--model", "m", "--questions", "q", "--corpus", "c", "--count", "0"],
-        ["--count", "many"],
+        ["--seed", "many"],
     ],
 )
 def test_wrong_flags_are_one_line(flags, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, exit_status
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import AutoModelForCausalLM
 
 import eval as eval_module
 import make
@@ -23,6 +23,7 @@ from grpo import (
 from ofsd import LoRA, Pair, ofsd_step, spans
 from retriever import BadInput, open_index
 from rollout import Trajectory, load_model, rollout
+from tools import start
 from train import Config, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
@@ -575,20 +576,20 @@ def test_a_file_gives_the_run_that_its_flags_give(small_run, tmp_path, monkeypat
 @pytest.mark.slow
 @pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR names no folder")
 @pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="the real questions are not there")
-def test_smollm2_is_started_and_then_learns_by_both_losses_from_real_questions(tmp_path):
+def test_smollm2_is_started_and_then_learns_by_both_losses_from_real_questions(tmp_path, monkeypatch):
     """As it comes it writes no tag. Shown eight questions five times each it searches and answers,
     some of them rightly, and GRPO and OFSD go on from there."""
     corpus, base = str(DATA / "hotpotqa/corpus.jsonl.gz"), os.environ["SMOLLM2_DIR"]
     index, rows = open_index(corpus), load_questions(str(DATA / "hotpotqa/questions.jsonl.gz"))
-    shown = [row for row in rows[:100] if make.demonstrate_real(index, row)][:8]
+    shown = [row for row in rows[:100] if start.demonstrate(index, row)][:8]
     for name, part in (("shown", shown * 5), ("train", shown), ("test", rows[-4:])):
         make.write_jsonl(tmp_path / f"{name}.jsonl", part)
     model, tokenizer = load_model(base)
     as_it_comes = evaluate(model, tokenizer, index, shown[:2], max_turn_tokens=96)
     assert as_it_comes["answered"] == as_it_comes["searches"] == 0
-    set_seed(0)
-    questions, out = str(tmp_path / "shown.jsonl"), tmp_path / "started"
-    make.start_real(base, questions, corpus, out, 40, random.Random(0))
+    out = tmp_path / "started"
+    how = "--questions", tmp_path / "shown.jsonl", "--corpus", corpus, "--batch", 2, "--count", 40
+    run_main(monkeypatch, start.main, "start.py", "--model", base, "--out", out, *how)
     folder = train(Config(
         model=str(out), questions=str(tmp_path / "train.jsonl"),
         eval_questions=str(tmp_path / "test.jsonl"), corpus=corpus, out=str(tmp_path / "run"),

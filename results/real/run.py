@@ -1,0 +1,154 @@
+"""SmolLM2-135M learns to search: real questions, real passages, and the same cost for each arm.
+
+    python results/real/run.py data ../shared/data        # questions and passages; half a minute
+    python results/real/run.py start smollm2/model        # demonstrations, and the policies' start
+    python results/real/run.py train search-e1 0          # an arm and a seed; stopped, it resumes
+    python results/real/run.py train grpo 0
+    python results/real/run.py pilot fast grpo_lr=2e-5    # what the settings were chosen by
+    python results/real/run.py hops start search-e1-0          # the second test, read once at the end
+    python results/real/run.py table                      # results/real/README.md's table and figure
+
+data wants a folder with SET/questions.jsonl.gz and SET/corpus.jsonl.gz, in the form that README.md
+describes. Questions that one passage answers come from nq, triviaqa, popqa and squad. Of each set
+100 are kept for the test and 25 for validation, the others are trained on; seed 0 splits them. The
+passages of the four sets are one corpus. Questions of several hops come from hotpotqa and
+2wikimultihopqa, 200 of each, and are searched in these two sets' passages.
+
+Everything is written to runs/real/, and the logs that README.md cites are kept beside this file.
+"""
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train as train_module  # noqa: E402
+from eval import evaluate, load_questions, normalize_answer  # noqa: E402
+from retriever import BadInput, open_index, read_jsonl, run_script  # noqa: E402
+from rollout import load_model  # noqa: E402
+from tools import start  # noqa: E402
+from train import Config, read_settings  # noqa: E402
+
+DATA = ROOT / "runs/real"
+SINGLE = "nq", "triviaqa", "popqa", "squad"
+SEVERAL = "hotpotqa", "2wikimultihopqa"
+SETTINGS = read_settings(ROOT / "configs/smollm2-135m.json")
+ARMS = {
+    "search-e1": {},
+    # As many trajectories as Search-E1's: what its two OFSD stages sample, and more.
+    "grpo": {"ofsd": False, "rounds": 1, "grpo_steps": 40},
+}
+
+
+def write(name: str, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (DATA / name).write_text(text, encoding="utf-8")
+    print(f"{name}: {len(rows)} lines")
+
+
+def data(folder: str) -> None:
+    """Split the questions, and put the passages together."""
+    DATA.mkdir(parents=True, exist_ok=True)
+    rng, parts, asked = random.Random(0), {"test": [], "validation": [], "train": []}, set()
+    for name in SINGLE:
+        rows = []
+        for row in load_questions(f"{folder}/{name}/questions.jsonl.gz"):
+            text = normalize_answer(row["question"])
+            if text not in asked:  # some questions stand in two sets
+                asked.add(text)
+                rows.append({**row, "type": name})
+        rng.shuffle(rows)
+        parts["test"] += rows[:100]
+        parts["validation"] += rows[100:125]
+        parts["train"] += rows[125:]
+    for name, rows in parts.items():
+        write(f"{name}.jsonl", rows)
+    several = []
+    for name in SEVERAL:
+        rows = load_questions(f"{folder}/{name}/questions.jsonl.gz")
+        several += [{**row, "type": name} for row in rng.sample(rows, 200)]
+    write("hops.jsonl", several)
+    for name, sets in ("corpus", SINGLE), ("hops-corpus", SEVERAL):
+        passages = [row for part in sets for row in read_jsonl(f"{folder}/{part}/corpus.jsonl.gz")]
+        write(f"{name}.jsonl", passages)
+
+
+def start_model(model: str) -> None:
+    """400 demonstrations, the same for all arms and seeds."""
+    names = "prompt", "k", "max_searches", "max_observation_tokens"
+    flags = [f"--{name.replace('_', '-')}={getattr(SETTINGS, name)}" for name in names]
+    sys.argv = [
+        "start.py", "--model", model, "--questions", str(DATA / "train.jsonl"),
+        "--corpus", str(DATA / "corpus.jsonl"), "--out", str(DATA / "start"),
+        "--count", "400", "--batch", "8", *flags,
+    ]  # fmt: skip
+    start.main()
+
+
+def settings(arm: str, seed: int) -> Config:
+    files = {"questions": "train", "eval_questions": "test", "corpus": "corpus"}
+    paths = {key: str(DATA / f"{name}.jsonl") for key, name in files.items()}
+    paths |= {"model": str(DATA / "start"), "out": str(DATA / f"{arm}-{seed}")}
+    return replace(SETTINGS, seed=seed, **paths, **ARMS[arm])
+
+
+def train_arm(arm: str, seed: str) -> None:
+    run_counted(settings(arm, int(seed)))
+
+
+def pilot(name: str, *changes: str) -> None:
+    """A short run that is tested on the validation questions, with settings such as grpo_lr=2e-5."""
+    values = {key: json.loads(value) for key, value in (change.split("=") for change in changes)}
+    test = {"eval_questions": str(DATA / "validation.jsonl"), "out": str(DATA / f"pilot-{name}")}
+    short = {"rounds": 1, "grpo_steps": 10, "ofsd": False}
+    run_counted(replace(settings("search-e1", 100), **test, **short | values))
+
+
+def run_counted(config: Config) -> None:
+    """Train, or go on. cost.jsonl gets a line for each call of rollout: what it was for, how many
+    trajectories, tokens of their responses, and how many of these the policy sampled."""
+    folder, plain = Path(config.out), train_module.rollout
+
+    def rollout(*args, progress: str = "", **how):
+        found = plain(*args, progress=progress, **how)
+        tokens = sum(len(t.response_ids) for t in found)
+        row = {"for": progress, "trajectories": len(found), "tokens": tokens}
+        with open(folder / "cost.jsonl", "a") as file:  # a run that resumes cuts it, as its own logs
+            file.write(json.dumps(row | {"sampled": sum(sum(t.loss_mask) for t in found)}) + "\n")
+        return found
+
+    train_module.rollout = rollout
+    train_module.train(config, resume=(folder / "config.json").exists())
+
+
+def hops(*names: str) -> None:
+    """Test models of runs/real/ on the questions of several hops."""
+    how = {name: getattr(SETTINGS, name) for name in LIMITS} | {"batch_size": 200}
+    questions = load_questions(str(DATA / "hops.jsonl"))
+    index = open_index(str(DATA / "hops-corpus.jsonl"))
+    for name in names:
+        folder = DATA / name / "model"
+        model, tokenizer = load_model(str(folder if folder.exists() else DATA / name))
+        row = evaluate(model, tokenizer, index, questions, progress=name, **how)
+        print(json.dumps({"model": name, **row}))
+        with open(DATA / "hops-results.jsonl", "a") as file:
+            file.write(json.dumps({"model": name, **row}) + "\n")
+
+
+LIMITS = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
+PARTS = {"data": data, "start": start_model, "pilot": pilot, "train": train_arm, "hops": hops}
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in PARTS:
+        raise BadInput(f"say what to do: {', '.join(PARTS)} (the docstring has examples)")
+    PARTS[name](*arguments)
+
+
+if __name__ == "__main__":
+    run_script(main)
