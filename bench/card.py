@@ -50,7 +50,8 @@ def make_trajectory(vocabulary: int, sampled: int, length: int) -> Trajectory:
     """Four turns of sampled / 4 tokens each, and observations between them."""
     trajectory = Trajectory("?", torch.randint(vocabulary, (150,)).tolist())
     for turn in range(4):
-        trajectory.extend(torch.randint(vocabulary, (sampled // 4,)).tolist(), [-12.0] * (sampled // 4))
+        said = torch.randint(vocabulary, (sampled // 4,)).tolist()
+        trajectory.extend(said, [-12.0] * len(said))
         if turn < 3:
             trajectory.extend(torch.randint(vocabulary, ((length - sampled) // 3,)).tolist())
     return trajectory

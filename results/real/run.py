@@ -1,12 +1,12 @@
 """SmolLM2-135M learns to search: real questions, real passages, and the same cost for each arm.
 
-    python results/real/run.py data ../shared/data        # questions and passages; half a minute
+    python results/real/run.py data path/to/sets          # questions and passages; seconds
     python results/real/run.py start smollm2/model        # demonstrations, and the policies' start
     python results/real/run.py train search-e1 0          # an arm and a seed; stopped, it resumes
     python results/real/run.py train grpo 0
     python results/real/run.py pilot fast grpo_lr=2e-5    # what the settings were chosen by
-    python results/real/run.py hops start search-e1-0          # the second test, read once at the end
-    python results/real/run.py table                      # results/real/README.md's table and figure
+    python results/real/run.py hops start search-e1-0     # the second test, read once at the end
+    python results/real/run.py table runs/real/*-0        # what their logs say, stage by stage
 
 data wants a folder with SET/questions.jsonl.gz and SET/corpus.jsonl.gz, in the form that README.md
 describes. Questions that one passage answers come from nq, triviaqa, popqa and squad. Of each set
@@ -14,7 +14,8 @@ describes. Questions that one passage answers come from nq, triviaqa, popqa and 
 passages of the four sets are one corpus. Questions of several hops come from hotpotqa and
 2wikimultihopqa, 200 of each, and are searched in these two sets' passages.
 
-Everything is written to runs/real/, and the logs that README.md cites are kept beside this file.
+Everything is written to runs/real/. gpu/ beside this file holds the logs of a run on
+one H200 that was cut off after five minutes, before OFSD (docs/real-models.md).
 """
 
 import json
@@ -27,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train as train_module  # noqa: E402
-from eval import evaluate, load_questions, normalize_answer  # noqa: E402
+from eval import (  # noqa: E402
+    evaluate, interval, load_questions, normalize_answer, print_table,
+)  # fmt: skip
 from retriever import BadInput, open_index, read_jsonl, run_script  # noqa: E402
 from rollout import load_model  # noqa: E402
 from tools import start  # noqa: E402
@@ -101,7 +104,7 @@ def train_arm(arm: str, seed: str) -> None:
 
 
 def pilot(name: str, *changes: str) -> None:
-    """A short run that is tested on the validation questions, with settings such as grpo_lr=2e-5."""
+    """A short run, tested on the validation questions, with settings such as grpo_lr=2e-5."""
     values = {key: json.loads(value) for key, value in (change.split("=") for change in changes)}
     test = {"eval_questions": str(DATA / "validation.jsonl"), "out": str(DATA / f"pilot-{name}")}
     short = {"rounds": 1, "grpo_steps": 10, "ofsd": False}
@@ -117,7 +120,7 @@ def run_counted(config: Config) -> None:
         found = plain(*args, progress=progress, **how)
         tokens = sum(len(t.response_ids) for t in found)
         row = {"for": progress, "trajectories": len(found), "tokens": tokens}
-        with open(folder / "cost.jsonl", "a") as file:  # a run that resumes cuts it, as its own logs
+        with open(folder / "cost.jsonl", "a") as file:  # resuming cuts it, as the run's own logs
             file.write(json.dumps(row | {"sampled": sum(sum(t.loss_mask) for t in found)}) + "\n")
         return found
 
@@ -139,8 +142,29 @@ def hops(*names: str) -> None:
             file.write(json.dumps({"model": name, **row}) + "\n")
 
 
+def table(*folders: str) -> None:
+    """A line for each test of these runs: tokens is what the training before it had sampled and
+    read, in thousands; the edge is the teacher's, before that stage."""
+    rows = []
+    for folder in map(Path, folders):
+        costs = list(read_jsonl(folder / "cost.jsonl"))
+        tests = [row for row in read_jsonl(folder / "metrics.jsonl") if row["kind"] == "eval"]
+        for row in tests:
+            where = [cost["for"] for cost in costs].index(f"test {row['stage']}")
+            spent = sum(c["tokens"] for c in costs[:where] if not c["for"].startswith("test"))
+            between = "{:.3f}-{:.3f}".format(*interval(row["em"], row["n"]))
+            columns = {"run": folder.name, "stage": row["stage"], "EM": row["em"], "95 %": between}
+            columns |= {"F1": row["f1"], "searches": row["searches"], "answered": row["answered"]}
+            edges = {name: row.get(name, "") for name in ("edge", "edge_supported")}
+            rows.append(columns | edges | {"tokens": f"{spent / 1000:.0f}"})
+    print_table(rows)
+
+
 LIMITS = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
-PARTS = {"data": data, "start": start_model, "pilot": pilot, "train": train_arm, "hops": hops}
+PARTS = {
+    "data": data, "start": start_model, "pilot": pilot, "train": train_arm, "hops": hops,
+    "table": table,
+}  # fmt: skip
 
 
 def main() -> None:

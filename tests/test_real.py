@@ -1,0 +1,62 @@
+"""results/real/run.py: the questions are split once, without overlap, and the logs are read right."""
+
+import gzip
+import json
+
+import pytest
+from conftest import ROOT, run_here
+from real import run
+
+from eval import load_questions, normalize_answer
+
+
+def write_set(folder, name, questions):
+    (folder / name).mkdir(parents=True)
+    rows = [{"id": q, "question": q, "golden_answers": ["a"]} for q in questions]
+    passages = [{"id": "0", "title": name, "text": f"What {name} says."}]
+    for kind, lines in ("questions", rows), ("corpus", passages):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / name / f"{kind}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+
+
+def test_no_question_is_in_two_parts(tmp_path, monkeypatch, capsys):
+    """One of popqa's stands in nq too, written otherwise: it is kept once."""
+    for name in run.SINGLE + run.SEVERAL:
+        write_set(tmp_path / "sets", name, [f"What is {name} {i}?" for i in range(210)])
+    popqa = ["what is NQ 7", *(f"What is popqa {i}?" for i in range(209))]
+    (tmp_path / "sets/popqa/questions.jsonl.gz").unlink()
+    (tmp_path / "sets/popqa/corpus.jsonl.gz").unlink()
+    (tmp_path / "sets/popqa").rmdir()
+    write_set(tmp_path / "sets", "popqa", popqa)
+    monkeypatch.setattr(run, "DATA", tmp_path / "made")
+    assert run_here(monkeypatch, capsys, run.main, "run.py", "data", tmp_path / "sets")[0] == 0
+    parts = {name: load_questions(str(tmp_path / f"made/{name}.jsonl"))
+             for name in ("test", "validation", "train", "hops")}  # fmt: skip
+    assert [len(rows) for rows in parts.values()] == [400, 100, 4 * 85 - 1, 400]
+    texts = [normalize_answer(row["question"]) for rows in parts.values() for row in rows]
+    assert len({*texts}) == len(texts)
+    again = parts["test"]
+    run.data(str(tmp_path / "sets"))
+    assert load_questions(str(tmp_path / "made/test.jsonl")) == again
+
+
+def test_the_table_counts_the_tokens_before_each_test(monkeypatch, capsys):
+    folder = "results/real/gpu/search-e1-0"
+    status, out, _ = run_here(monkeypatch, capsys, run.main, "run.py", "table", folder)
+    header, *lines = (line.split() for line in out.strip().splitlines())
+    costs = [json.loads(line) for line in (ROOT / folder / "cost.jsonl").read_text().splitlines()]
+    spent = sum(row["tokens"] for row in costs if row["for"] == "rollout")
+    assert status == 0 and [line[1:3] for line in lines] == [["base", "0.285"], ["grpo-1", "0.305"]]
+    assert [line[-1] for line in lines] == ["0", f"{spent / 1000:.0f}"]
+
+
+@pytest.mark.parametrize("arm", run.ARMS)
+def test_both_arms_have_the_settings_of_the_recipe(arm):
+    config = run.settings(arm, seed=3)
+    assert config.seed == 3 and config.prompt == run.SETTINGS.prompt
+    assert config.ofsd == (arm == "search-e1") and config.out.endswith(f"{arm}-3")
+
+
+def test_what_it_does_not_know_is_one_line(monkeypatch, capsys):
+    status, _, error = run_here(monkeypatch, capsys, run.main, "run.py", "sing")
+    assert status == 2 and "data, start" in error and len(error.splitlines()) == 1
