@@ -349,7 +349,7 @@ def test_a_model_whose_logits_are_computed_otherwise_is_refused(random_model):
 def test_a_model_may_be_off_only_where_nothing_is_likely(likely, random_model, monkeypatch):
     """In bfloat16 a pretrained model is off by .8 nats at a word that it never says. That is no
     reason to refuse it; being off by as much at the word that it says is one."""
-    random_model.lm_head.weight.data *= 10.0  # now some words are likely, and most are not
+    random_model.lm_head.weight.data *= 5.0  # now some words are likely, and most are not
 
     def noisy(model, hidden, plain=to_logits):
         logits = plain(model, hidden)  # (N, V)
