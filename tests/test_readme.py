@@ -1,4 +1,7 @@
-"""The README's commands exist, and its numbers are those of the files they come from."""
+"""The README's commands exist, and its numbers are those of the files they come from.
+
+test_docs.py does the same for docs/, with the helpers of this file.
+"""
 
 import ast
 import re
@@ -17,24 +20,26 @@ PAGES = "EXERCISES.md", "CONTRIBUTING.md"
 OTHERS = "".join((ROOT / name).read_text(encoding="utf-8") for name in PAGES)
 
 
-def commands() -> list[list[str]]:
+def commands(text: str) -> list[list[str]]:
     """Every call of one of our scripts, in blocks and in the text."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.splitlines() if not line.startswith("#")]
     lines = [part for line in lines for part in line.split("&&")]
-    lines += re.findall(r"`([^`\n]*python[^`\n]*)`", README + OTHERS)
+    lines += re.findall(r"`([^`\n]*python[^`\n]*)`", text)
     calls = map(shlex.split, lines)
     return [words for words in calls if any(word.endswith(".py") for word in words)]
 
 
+def scripts(text: str) -> set[str]:
+    return {next(word for word in words if word.endswith(".py")) for words in commands(text)}
+
+
 def test_there_are_commands():
-    found = {next(word for word in words if word.endswith(".py")) for words in commands()}
-    others = {"micro/make.py", "tools/trace.py", "tools/plot.py"}
-    assert {"train.py", "eval.py", "retriever.py"} | others <= found
+    others = {"tools/trace.py", "tools/plot.py"}
+    assert {"train.py", "eval.py", "retriever.py"} | others <= scripts(README)
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_a_commands_script_and_flags_exist(words, command):
+def check_script_and_flags(words: list[str]) -> None:
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = words[start], {word for word in words[start:] if word.startswith("--")}
     assert (ROOT / script).is_file(), script
@@ -49,13 +54,22 @@ def test_a_commands_script_and_flags_exist(words, command):
             assert (ROOT / word).exists(), word
 
 
-def test_settings_in_commands_are_accepted(monkeypatch):
-    """Every call of train.py gives a Config, and so does every file in configs/."""
+@pytest.mark.parametrize("words", commands(README + OTHERS), ids=" ".join)
+def test_a_commands_script_and_flags_exist(words):
+    check_script_and_flags(words)
+
+
+def check_settings(text: str, monkeypatch) -> None:
+    """Every call of train.py gives a Config."""
     monkeypatch.chdir(ROOT)
-    for words in commands():
+    for words in commands(text):
         if "train.py" in words and "--resume" not in words and "N" not in words:
             monkeypatch.setattr(sys, "argv", words[words.index("train.py") :])
             parse_flags()
+
+
+def test_settings_in_commands_are_accepted(monkeypatch):
+    check_settings(README + OTHERS, monkeypatch)
     assert all(read_settings(path).model for path in (ROOT / "configs").glob("*.json"))
 
 
@@ -113,17 +127,12 @@ def test_the_output_shown_is_that_of_seed_0():
 
 
 def test_the_evidence_is_that_of_the_tables():
-    """The README's row of each arm, cell by cell."""
+    """The row of each arm in results/README.md, cell by cell."""
     text = tables.comparison("loop-2")
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
     for arm in ("grpo", "rft", "search-e1"):
         lines = text.splitlines()
         cells = next(line for line in lines if line.startswith(f"| {arm} ")).split("|")
-        rows = [line for line in README.splitlines() if line.startswith("| ")]
+        rows = [line for line in page.splitlines() if line.startswith("| ")]
         shown = next(line for line in rows if f"`{arm}`" in line).split("|")
         assert [cell.strip() for cell in shown[2:9]] == [cell.strip() for cell in cells[2:9]]
-
-
-def test_the_benchmarks_are_those_of_the_files():
-    bm25 = (ROOT / "results/bench/bm25.txt").read_text(encoding="utf-8")
-    for number in ("3,980", "3,863", "5.4", "310"):
-        assert number in README and number.replace(",", "") in bm25.replace(",", "")

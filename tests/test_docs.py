@@ -1,0 +1,226 @@
+"""docs/: commands and files exist, links lead somewhere, numbers are those of files."""
+
+import json
+import re
+import runpy
+from statistics import mean
+
+import mutate
+import pytest
+from conftest import ROOT
+from test_readme import (
+    README, check_script_and_flags, check_settings, commands, last_table, scripts,
+)  # fmt: skip
+
+from train import COLUMNS
+
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
+ALL = "\n".join(PAGES.values())
+LINKING = ["README.md", "EXERCISES.md", "CONTRIBUTING.md", "results/README.md"]
+LINKING += ["results/evidence.md", *(f"docs/{name}.md" for name in PAGES)]
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def rows_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in text_of(name).splitlines()]
+
+
+def cells_of(page: str) -> dict[str, list[str]]:
+    """A page's rows of tables, by their first cell."""
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|")]
+    return {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+# ---------------------------------------------------------------- commands, files, links
+
+
+@pytest.mark.parametrize("words", commands(ALL), ids=" ".join)
+def test_a_commands_script_and_flags_exist(words):
+    check_script_and_flags(words)
+
+
+def test_settings_in_commands_are_accepted(monkeypatch):
+    check_settings(ALL, monkeypatch)
+    others = {"micro/make.py", "tests/mutate.py", "results/evidence.py", "results/real/run.py"}
+    assert {"train.py", "eval.py", "tools/start.py", "bench/card.py"} | others <= scripts(ALL)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_file_that_a_page_mentions_exists(name):
+    folders = "micro|tests|results|bench|configs|tools|docs"
+    pattern = rf"(?<![\w./-])((?:{folders})/[\w./*-]*|\w+\.py|[A-Z]+\.md)(?![\w/])"
+    found = [path.rstrip(".") for path in re.findall(pattern, PAGES[name])]
+    assert all(any(ROOT.glob(path.rstrip("/"))) for path in found), found
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_every_link_leads_somewhere(name):
+    for target in re.findall(r"\]\(([^)]+)\)", text_of(name)):
+        assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+def test_the_readme_leads_to_every_page():
+    assert all(f"](docs/{name}.md)" in README for name in PAGES)
+
+
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{name}.md" for name in PAGES)])
+def test_a_page_has_no_long_line_but_in_tables_and_blocks(name):
+    text = re.sub(r"^```.*?^```$", "", text_of(name), flags=re.S | re.M)
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 100
+
+
+def test_the_readme_is_short_and_its_first_test_command_is_the_one_that_ci_runs():
+    assert len(README.encode()) <= 12_288
+    first = next(line for line in README.splitlines() if "pytest" in line)
+    assert first.startswith("python3 -m venv .venv && ") and first.endswith(" -m pytest -q")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_opens_with_what_it_answers(name):
+    title, empty, opening, *_ = PAGES[name].splitlines()
+    assert title.startswith("# ") and not empty and opening.startswith("This page ")
+
+
+# ---------------------------------------------------------------- the default run
+
+
+def step_lines() -> list[dict[str, float]]:
+    """All of GRPO's steps in the logs of the default run."""
+    lines = "".join(text_of(f"results/default/seed{seed}.log") for seed in range(3))
+    rows = re.findall(r"^ +\d+((?: +[-+.\de]+){%d}) +[\d.]+$" % len(COLUMNS), lines, re.M)
+    return [dict(zip(COLUMNS, map(float, row.split()))) for row in rows]
+
+
+def test_every_column_of_a_step_is_explained():
+    assert {f"`{name}`" for name in COLUMNS} <= set(cells_of(PAGES["faq"]))
+
+
+def test_what_is_called_healthy_is_so_in_the_default_run():
+    """Where the cell of "healthy" has limits, all steps of all seeds are within them."""
+    rows, steps, limited = cells_of(PAGES["faq"]), step_lines(), 0
+    assert len(steps) >= 60
+    for name in COLUMNS:
+        values, healthy = [step[name] for step in steps], rows[f"`{name}`"][1]
+        if found := re.match(r"between ([\d.]+) and ([\d.]+)", healthy):
+            assert float(found[1]) <= min(values) and max(values) <= float(found[2]), name
+        elif found := re.match(r"below ([\d.]+(?:e-\d+)?)", healthy):
+            assert max(values) < float(found[1]), name
+        limited += bool(found)
+    assert limited >= 7
+
+
+def test_the_figure_is_drawn_from_the_logs():
+    """It holds the numbers that it was drawn from. If not: python results/default/figure.py"""
+    drawn = runpy.run_path(str(ROOT / "results/default/figure.py"))["values"]()
+    for seed in range(3):
+        log = last_table(seed)
+        assert [*drawn[f"seed{seed}"]] == [*log]
+        for stage, (em, searches) in drawn[f"seed{seed}"].items():
+            assert (em, searches) == (float(log[stage][0]), float(log[stage][5]))
+    assert json.dumps(drawn).encode() in (ROOT / "results/default/figure.png").read_bytes()
+
+
+# ---------------------------------------------------------------- numbers of one page
+
+
+def test_the_search_engines_are_those_of_the_benchmark():
+    text, shown = text_of("results/bench/bm25.txt"), cells_of(PAGES["retrieval"])
+    names = {"this": "ours", "bm25s, numba": "bm25s numba", "bm25s, numpy": "bm25s numpy"}
+    for title, name in (names | {"rank_bm25": "rank_bm25"}).items():
+        *_, built = re.findall(rf"^{name} +105960 +([\d.]+) +(\d+)(?: .* ([\d.]+))? *$", text, re.M)
+        seconds, peak, posting = built
+        speeds = re.search(rf"^{name} +(\d+) +\d+-\d+ +(\d+) +\d+-\d+ +\d", text, re.M)
+        cells = [f"{float(seconds):.1f}", f"{int(peak):,} MB", posting]
+        assert shown[title] == cells + [f"{int(speed):,}" for speed in speeds.groups()]
+
+
+def test_the_speeds_are_those_of_the_benchmarks():
+    page, text = PAGES["performance"], text_of("results/bench/rollout.txt")
+    text += text_of("results/bench/rollout-smollm2.txt")
+    shown = re.findall(r"([\d.]+) times as fast", page)
+    assert len(shown) == 5 and all(f"{number}x" in text for number in shown)
+    parts = re.search(r"time of \(a\): (.*)", text)[1]
+    for number in re.findall(r"([\d.]+) % for", page):
+        assert f"{float(number)}%" in parts
+    losses = re.findall(r"^(\w+ [\w ]+?) +1000 +\d+ +([\d.]+) +[\d.]+ +([\d.]+)",
+                        text_of("results/bench/losses.txt"), re.M)  # fmt: skip
+    kinds = {"GRPO": r"GRPO's log-prob.*", "OFSD": r"OFSD's divergence.*"}
+    for kind, pattern in kinds.items():
+        line = re.search(pattern, page)[0]
+        ways = [row[1:] for row in losses if row[0].startswith(kind) and "plain" not in row[0]]
+        assert len(ways) >= 2
+        for number in sum(ways, ()):
+            assert re.search(rf"(?<![\d.]){number.removeprefix('0')}\b", line), (kind, number)
+
+
+def test_the_mutants_are_counted():
+    assert f"in {len(mutate.MUTANTS)} small ways" in re.sub(r"\s+", " ", PAGES["reliability"])
+
+
+def test_the_micro_world_is_as_it_is_told():
+    page, check = PAGES["micro-world"], json.loads(text_of("results/default/check.json"))
+    lines = {
+        name: len(text_of(f"micro/{name}.jsonl").splitlines())
+        for name in ("corpus", "train", "validation", "test")
+    }
+    assert f"{lines['corpus']:,} invented" in page and f"{lines['train']:,} to train on" in page
+    assert f"{lines['validation']} for validation" in page and f"{lines['test']}" in page
+    ems = [cells[0] for cells in cells_of(page).values() if re.fullmatch(r"\.\d+|0", cells[0])]
+    names = "greedy", "sampled", "student_em", "teacher_em"
+    assert ems == [*(f"{check[name]:.3f}".removeprefix("0") for name in names), "0"]
+    assert check["nothing_found"] == 0 and f"{check['pairs']} questions" in page
+    assert check["edge"] == check["edge_supported"]
+    assert f"{check['edge']:.3f}".removeprefix("0") in page
+
+
+def test_what_was_seen_of_a_real_model_is_what_the_logs_say():
+    page = re.sub(r"\s+", " ", PAGES["real-models"])
+    names = "search-e1", "grpo"
+    both = {name: rows_of(f"results/real/gpu/{name}-0.metrics.jsonl") for name in names}
+    base, after = [row["em"] for row in both["search-e1"] if row["kind"] == "eval"]
+    assert f"an EM of {base:.3f}".replace("0.", ".") in page
+    assert f"EM was {after:.3f}".replace("0.", ".") in page
+    steps = {name: [row for row in rows if row["kind"] == "step"] for name, rows in both.items()}
+    assert f"After {len(steps['search-e1'])} steps" in page
+    assert f"to {len(steps['grpo'])} steps" in page
+    for part, words in ((steps["grpo"][:5], "in the first"), (steps["grpo"][-5:], "in the last")):
+        value = f"{mean(row['reward'] for row in part):.2f}".removeprefix("0")
+        assert f"{value} {words} five" in page
+    seconds = [mean(row["step_s"] for row in part) for part in steps.values()]
+    sampling = mean(mean(row["rollout_s"] for row in part) for part in steps.values())
+    assert sorted(map(round, seconds)) == [14, 15] and round(sampling) == 13
+    kl = [row["kl"] for row in steps["grpo"]]
+    assert kl[2] < 0.01 and kl[3] > 0.2 and min(kl[4:]) > 0.2
+    cost = rows_of("results/real/gpu/grpo-0.cost.jsonl")
+    assert {row["trajectories"] for row in cost if row["for"] == "rollout"} == {512}
+
+
+def test_what_was_seen_of_smollm2_on_a_cpu_is_what_the_files_say():
+    page = re.sub(r"\s+", " ", PAGES["real-models"])
+    before, started = (
+        json.loads(text_of(f"results/smollm2/{name}.json"))["results"]["my/test.jsonl"]
+        for name in ("base", "started")
+    )
+    assert before["answered"] == before["searches"] == 0 and started["searches"] == 1
+    assert (started["em"] * 50, before["n"]) == (2, 50)
+    low, high = (f"{end:.3f}".removeprefix("0") for end in started["em_interval"])
+    assert f"of {low} to {high}" in page
+    log = text_of("results/smollm2/train.log")
+    steps = re.findall(r"^ +\d+ +([\d.]+) +[\d.]+ +.* ([\d.]+)$", log, re.M)
+    rewards = [f"{float(reward):.2f}".removeprefix("0") for reward, _ in steps if float(reward) > 0]
+    assert f"rewards of {', '.join(rewards[:3])} and {rewards[3]}" in page
+    assert round(mean(float(seconds) for _, seconds in steps[:4])) == 42
+    assert "teacher's edge +0.667 EM, supported +0.000" in log and "edge of +.667" in page
+
+
+def test_the_learning_rates_are_those_of_the_evidence():
+    trials, first = text_of("results/evidence.md").split("\n## ")[1:3]
+    rows, final = cells_of(trials), cells_of(first)["grpo"][3].split()[0].removeprefix("0")
+    faq, teaching = (re.sub(r"\s+", " ", PAGES[name]) for name in ("faq", "teaching"))
+    for trial, rate in (("0.0002", "2e-4"), ("0.0006", "6e-4"), ("0.0011", "1.1e-3")):
+        assert f"{rows[f'grpo-lr{trial}'][1].removeprefix('0')} with {rate}" in faq
+    assert f"at {rows['grpo-lr0.0006'][1].removeprefix('0')} on the seed" in teaching
+    assert f"mean of {final} on eight" in teaching
