@@ -116,7 +116,7 @@ def train(config: Config, resume: bool = False) -> Path:
     done = [row["stage"] for row in run.evaluations]
     try:
         if "base" not in done:
-            print(f"{run.folder}: first, {len(run.test_set)} questions test what {config.model} can do")
+            print(f"{run.folder}: {len(run.test_set)} questions test what {config.model} can do")
             run.test("base")
         for number in range(1, config.rounds + 1):
             if f"grpo-{number}" not in done:

@@ -179,7 +179,7 @@ def test_the_micro_world_is_as_it_is_told():
 def test_what_was_seen_of_a_real_model_is_what_the_logs_say():
     page = re.sub(r"\s+", " ", PAGES["real-models"])
     names = "search-e1", "grpo"
-    both = {name: rows_of(f"results/real/gpu/{name}-0.metrics.jsonl") for name in names}
+    both = {name: rows_of(f"results/real/gpu/{name}-0/metrics.jsonl") for name in names}
     base, after = [row["em"] for row in both["search-e1"] if row["kind"] == "eval"]
     assert f"an EM of {base:.3f}".replace("0.", ".") in page
     assert f"EM was {after:.3f}".replace("0.", ".") in page
@@ -194,7 +194,7 @@ def test_what_was_seen_of_a_real_model_is_what_the_logs_say():
     assert sorted(map(round, seconds)) == [14, 15] and round(sampling) == 13
     kl = [row["kl"] for row in steps["grpo"]]
     assert kl[2] < 0.01 and kl[3] > 0.2 and min(kl[4:]) > 0.2
-    cost = rows_of("results/real/gpu/grpo-0.cost.jsonl")
+    cost = rows_of("results/real/gpu/grpo-0/cost.jsonl")
     assert {row["trajectories"] for row in cost if row["for"] == "rollout"} == {512}
 
 
