@@ -34,7 +34,7 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_a_commands_script_and_flags_exist(words, command):
+def test_a_commands_script_and_flags_exist(words):
     start = next(i for i, word in enumerate(words) if word.endswith(".py"))
     script, flags = words[start], {word for word in words[start:] if word.startswith("--")}
     assert (ROOT / script).is_file(), script
