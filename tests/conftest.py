@@ -1,9 +1,12 @@
-"""Shared by the tests: the micro model, a random one of its shape, a corpus of three passages."""
+"""Shared by the tests here and in system/: how a script is run within this process, a short run,
+the micro model, a random one of its shape, a corpus of three passages."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from retriever import BM25, Passage, load_corpus, run_script  # noqa: E402
 from rollout import load_model  # noqa: E402
+from train import Config, train  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = Config(  # the settings of a run of seconds, with both stages
+    rounds=1, grpo_steps=2, questions_per_step=4, group_size=3, ofsd_questions=12, ofsd_epochs=1,
+    ofsd_batch=4, eval_limit=6, grpo_lr=1e-4, force_ofsd=True,
+)  # fmt: skip
 
 
 def exit_status(monkeypatch, main, script, *arguments):
@@ -38,6 +46,41 @@ def run_here(monkeypatch, capsys, main, script, *arguments):
     """exit_status from the repository's folder, and what was written to both streams."""
     monkeypatch.chdir(ROOT)
     return exit_status(monkeypatch, main, script, *arguments), *capsys.readouterr()
+
+
+def run_main(monkeypatch, main, script, *arguments, status=0):
+    """What `python script arguments` does, in this process. It must end with this status."""
+    assert exit_status(monkeypatch, main, script, *arguments) == status
+
+
+def line_of(capsys):
+    """The one line on standard error."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def read(folder, name):
+    """The rows of one of a run's files of JSON lines."""
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def untimed(rows):
+    """Metrics without the seconds, which are never the same twice."""
+    return [{key: row[key] for key in row if not key.endswith("_s")} for row in rows]
+
+
+def steps_of(folder, stage):
+    rows = read(folder, "metrics.jsonl")
+    return [row for row in rows if row["kind"] == "step" and row["stage"] == stage]
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """The folder of a run with the settings SMALL. Change nothing in it: it is shared."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert train(replace(SMALL, out=str(folder))) == folder
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -97,23 +140,11 @@ def three():
 
 @pytest.fixture
 def command():
-    """Run a script of the repository; the finished process, with its text."""
+    """Run a script of the repository as a process of its own, which takes seconds only to start:
+    for what a call of its main() cannot show. Returns the finished process, with its text."""
 
     def run(*args, cwd=ROOT):
         how = dict(cwd=cwd, capture_output=True, text=True, timeout=600)
         return subprocess.run([sys.executable, *map(str, args)], **how)
-
-    return run
-
-
-@pytest.fixture
-def refused(command):
-    """Run a script that must refuse its input: one line on standard error, exit status 2."""
-
-    def run(*args):
-        done = command(*args)
-        assert done.returncode == 2, done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-        return done.stderr
 
     return run

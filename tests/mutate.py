@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     "retriever.py": ["tests/test_retriever.py"],
     "rollout.py": ["tests/test_rollout.py"],
-    "grpo.py": ["tests/test_grpo.py", "tests/test_train.py"],
-    "ofsd.py": ["tests/test_ofsd.py", "tests/test_train.py"],
-    "train.py": ["tests/test_train.py"],
+    "grpo.py": ["tests/test_grpo.py", "tests/test_train.py", "tests/system/test_runs.py"],
+    "ofsd.py": ["tests/test_ofsd.py", "tests/test_train.py", "tests/system/test_runs.py"],
+    "train.py": ["tests/test_train.py", "tests/system/test_runs.py"],
 }
 
 MUTANTS = [  # file, what is broken, text in the file, what it becomes

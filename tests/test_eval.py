@@ -202,10 +202,10 @@ def refused(script):
 ASK = "--model", "micro/model", "--questions", "micro/test.jsonl", "--corpus", "micro/corpus.jsonl"
 
 
-def test_the_command(command, micro, micro_index):
-    done = command("eval.py", *ASK, "--limit", 3)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_the_command(script, micro, micro_index):
+    status, printed, said = script(*ASK, "--limit", 3)
+    assert status == 0, said
+    result = json.loads(printed)
     questions = load_questions(str(ROOT / "micro/test.jsonl"))[:3]
     row = evaluate(*micro, micro_index, questions)
     assert result == row | {"em_interval": list(interval(row["em"], 3))} and row["n"] == 3

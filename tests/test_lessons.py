@@ -1,35 +1,30 @@
-"""Each file run alone is a lesson: it ends, and says what its numbers must say."""
+"""Each file run alone is a lesson, whose numbers must say what it teaches. (The files themselves
+are run by system/test_processes.py.)"""
 
-import os
-import pty
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
-from test_train import line_of, run_main
+from conftest import line_of, run_main
 
 from micro import lessons
 
 
 @pytest.fixture
-def lesson(command, monkeypatch):
-    """lesson(file, ...): what the file prints."""
-    monkeypatch.setenv("NO_COLOR", "1")
+def told(monkeypatch, capsys):
+    """told(lesson, *arguments): what the lesson prints. It must say nothing on standard error."""
 
-    def run(*arguments):
-        done = command(*arguments)
-        assert done.returncode == 0 and not done.stderr, done.stderr
-        assert "\033" not in done.stdout
-        return done.stdout
+    def run(lesson, *arguments):
+        run_main(monkeypatch, lesson, "the lesson's file", *arguments)
+        printed, said = capsys.readouterr()
+        assert not said and "\033" not in printed
+        return printed
 
     return run
 
 
-def test_retriever(lesson):
+def test_retriever(told):
     """The words' scores add up to the passage's, and a rarer word weighs more."""
-    text = lesson("retriever.py")
+    text = told(lessons.retriever_lesson)
     table = [line.split() for line in text.splitlines() if re.match(r"\w+ +\d+ +\d+ +\d", line)]
     total = text.split("\nsum")[1].split("\n")[0].split()
     for column in (4, 5, 6):
@@ -41,29 +36,26 @@ def test_retriever(lesson):
     assert plain == pytest.approx(float(total[0]), abs=0.0011)
 
 
-def test_rollout(lesson):
-    text = lesson("rollout.py")
+def test_rollout(told):
+    text = told(lessons.rollout_lesson)
     assert text.count("policy> ") == text.count("environment> ") + 1 and "<information>" in text
-    listed = lesson("rollout.py", "--logprobs", "--seed", "0")
+    listed = told(lessons.rollout_lesson, "--logprobs", "--seed", "0")
     tokens = re.findall(r"^    '.*' +(-?\d+\.\d+|-)$", listed, re.M)
     own, of = map(int, re.search(r"(\d+) of (\d+) tokens", text).groups())
     assert len(tokens) == of and sum(value != "-" for value in tokens) == own
 
 
-def test_rollout_takes_a_question_and_a_seed(monkeypatch, capsys):
-    told = []
+def test_rollout_takes_a_question_and_a_seed(told):
+    texts, question = [], "Who governs Stobor Bridge?\033[31m"
     for seed in (0, 0, 1, 2, 3, 4):
-        flags = "--question", "Who governs Stobor Bridge?\033[31m", "--seed", seed
-        run_main(monkeypatch, lessons.rollout_lesson, "rollout.py", *flags)
-        told.append(capsys.readouterr().out)
-    assert all("question: Who governs Stobor Bridge?\\x1b[31m" in text for text in told)
-    assert not any("\033" in text for text in told)
-    assert told[0] == told[1] and len({*told}) > 1
+        texts.append(told(lessons.rollout_lesson, "--question", question, "--seed", seed))
+    assert all("question: Who governs Stobor Bridge?\\x1b[31m" in text for text in texts)
+    assert texts[0] == texts[1] and len({*texts}) > 1
 
 
-def test_grpo(lesson):
+def test_grpo(told):
     row = r" +([01]) +(-?[\d.]+) +\d+ +(-?[\d.]+) +(-?[\d.]+) +(-?[\d.]+)$"
-    rows = re.findall(row, lesson("grpo.py"), re.M)
+    rows = re.findall(row, told(lessons.grpo_lesson), re.M)
     assert len(rows) == 5
     assert sum(float(row[1]) for row in rows) == pytest.approx(0, abs=0.01)
     for reward, *numbers in rows:
@@ -71,40 +63,19 @@ def test_grpo(lesson):
         assert (advantage > 0) == (reward == "1") == (weight > 0) == (after > before)
 
 
-def test_ofsd(lesson):
-    text = lesson("ofsd.py")
+def test_ofsd(told):
+    text = told(lessons.ofsd_lesson)
     student, teacher = text.split("---- the teacher's prompt")
     assert "An expert answered" in teacher and "An expert answered" not in student
     assert re.search(r"\{\d\.\d\}", text)
     assert re.search(r"tokens, mean KL 0\.\d+: the loss", text)
 
 
-def test_eval(lesson):
-    text = lesson("eval.py")
+def test_eval(told):
+    text = told(lessons.eval_lesson)
     row = re.search(r"^ *micro +([\d.]+) +([\d.]+)-([\d.]+)", text, re.M)
     em, low, high = map(float, row.groups())
     assert low < em < high and text.count("searched:") == 5
-
-
-def test_a_terminal_gets_colours():
-    """By a pseudo-terminal, as one has it."""
-    parent, child = pty.openpty()
-    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    how = dict(cwd=ROOT, stdout=child, env=environment)
-    process = subprocess.Popen([sys.executable, "ofsd.py"], **how)
-    os.close(child)
-    shown = b""
-    while True:
-        try:
-            part = os.read(parent, 10_000)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        shown += part
-    assert process.wait(timeout=60) == 0
-    os.close(parent)
-    assert b"\033[1m---- the student's prompt" in shown and b"\033[31m" in shown
 
 
 @pytest.mark.parametrize(

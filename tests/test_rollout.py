@@ -205,7 +205,12 @@ class Scripted:
 
 
 def scripted(tokenizer, turns_by_question, index, k=3, budget=512, **kwargs):
-    """A model that plays these turns (texts), and the response ids and masks to expect."""
+    """A model that plays these turns (texts), and the response ids and masks to expect.
+
+    Both are made by functions of rollout.py that are under test themselves (encode, parse_turn,
+    observation_ids), so a comparison with them shows only that a rollout puts the parts together
+    rightly. The test that follows has literals in their place.
+    """
     script, expected = {}, {}
     for question, turns in turns_by_question.items():
         ids, mask = [], []

@@ -10,7 +10,9 @@ from conftest import run_here
 from rollout import load_model, rollout
 from tools import start
 
-MICRO = "--model", "micro/model", "--questions", "micro/train.jsonl", "--corpus", "micro/corpus.jsonl"
+MICRO = (
+    "--model", "micro/model", "--questions", "micro/train.jsonl", "--corpus", "micro/corpus.jsonl"
+)  # fmt: skip
 QUESTION = {
     "question": "Whose engine, Lovelace?", "golden_answers": ["Ada Byron", "Charles Babbage"],
     "supporting_titles": ["Ada Lovelace", "London", "Charles Babbage"],

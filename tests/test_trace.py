@@ -2,19 +2,19 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import plot
 import pytest
 import trace
-from test_train import SMALL, line_of, read, run_main
-
-from train import replace, train
+from conftest import SMALL, line_of, read, run_main
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return train(replace(SMALL, out=str(tmp_path_factory.mktemp("runs") / "small")))
+def run(small_run, tmp_path_factory):
+    """A copy of the run: both scripts write into its folder."""
+    return shutil.copytree(small_run, tmp_path_factory.mktemp("runs") / "copy")
 
 
 class Check(HTMLParser):
@@ -99,11 +99,3 @@ def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
         run_main(monkeypatch, trace.main, "trace.py", *arguments, status=2)
         assert "give one run's folder" in line_of(capsys)
     assert not [*tmp_path.iterdir()]
-
-
-def test_the_scripts_run_from_anywhere(run, command, tmp_path):
-    """They find the six files by their own place."""
-    done = command(plot.__file__, run, cwd=tmp_path)
-    assert done.returncode == 0 and "EM      |" in done.stdout, done.stderr
-    done = command(trace.__file__, run, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout == f"{run / 'trace.html'}\n", done.stderr

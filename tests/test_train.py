@@ -1,14 +1,14 @@
-"""train.py: a short run end to end, one update at a time, and the input it refuses."""
+"""train.py: what a short run writes, one update at a time, the stages, and the input it refuses.
+(Whole runs with other settings are tested in system/test_runs.py.)"""
 
 import json
 import os
-import random
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, exit_status
+from conftest import ROOT, SMALL, line_of, read, run_main, steps_of
 from transformers import AutoModelForCausalLM
 
 import eval as eval_module
@@ -20,50 +20,13 @@ from grpo import (
     frozen_copy, group_advantages, grpo_loss, grpo_step, policy_hidden, response_logits,
     token_logprobs,
 )  # fmt: skip
-from ofsd import LoRA, Pair, ofsd_step, spans
+from ofsd import Pair, ofsd_step, spans
 from retriever import BadInput, open_index
 from rollout import Trajectory, load_model, rollout
 from tools import start
 from train import Config, train
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared/data"
-SMALL = Config(
-    rounds=1, grpo_steps=2, questions_per_step=4, group_size=3, ofsd_questions=12, ofsd_epochs=1,
-    ofsd_batch=4, eval_limit=6, grpo_lr=1e-4, force_ofsd=True,
-)  # fmt: skip
-PROBE = Trajectory("", [5, 6], [7, 8])  # any tokens, to see what a model makes of them
-
-
-def read(folder, name):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def untimed(rows):
-    return [{key: row[key] for key in row if not key.endswith("_s")} for row in rows]
-
-
-def steps_of(folder, stage):
-    rows = read(folder, "metrics.jsonl")
-    return [row for row in rows if row["kind"] == "step" and row["stage"] == stage]
-
-
-def run_main(monkeypatch, main, script, *arguments, status=0):
-    """What `python script arguments` does, in this process. It must end with this status."""
-    assert exit_status(monkeypatch, main, script, *arguments) == status
-
-
-def line_of(capsys):
-    """The one line on standard error."""
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def small_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    assert train(replace(SMALL, out=str(folder))) == folder
-    return folder
 
 
 def test_a_short_run_writes_what_it_promises(small_run):
@@ -99,42 +62,11 @@ def test_the_parameters_moved_and_the_model_folder_loads(small_run, micro):
     assert tokenizer.init_kwargs["search_prompt"] == "{question}"  # the prompt travels along
 
 
-def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(small_run, tmp_path):
-    torch.manual_seed(11), random.seed(11)  # what was drawn before must not matter
-    again = train(replace(SMALL, out=str(tmp_path / "again")))
-    other = train(replace(SMALL, out=str(tmp_path / "other"), seed=1))
-    first, again, other = (untimed(read(f, "metrics.jsonl")) for f in (small_run, again, other))
-    assert first == again
-    assert first != other and first[0] == other[0]  # the base is tested greedily
-
-
-def test_a_run_neither_uses_nor_moves_the_global_random_states(tmp_path):
-    before = torch.get_rng_state(), random.getstate()
-    train(replace(SMALL, out=str(tmp_path / "run"), lora_rank=2, grpo_lora_rank=2))
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-
-
 def test_an_existing_folder_is_refused_and_left_alone(small_run):
     before = (small_run / "metrics.jsonl").read_text()
     with pytest.raises(BadInput, match="exists already"):
         train(replace(SMALL, out=str(small_run)))
     assert (small_run / "metrics.jsonl").read_text() == before
-
-
-def test_without_ofsd_there_are_only_stages_of_grpo(tmp_path, capsys, monkeypatch):
-    config = replace(SMALL, rounds=2, grpo_steps=1, out=str(tmp_path / "run"), ofsd=False)
-    folder = train(config)
-    rows = read(folder, "metrics.jsonl")
-    assert [(row["kind"], row["stage"]) for row in rows] == [
-        ("eval", "base"), ("step", "grpo-1"), ("eval", "grpo-1"), ("step", "grpo-2"),
-        ("eval", "grpo-2"),
-    ]  # fmt: skip
-    assert all(row["kind"] == "eval" for row in read(folder, "trajectories.jsonl"))
-    assert "ofsd-1" not in capsys.readouterr().out
-    seen = []
-    monkeypatch.setattr(train_module, "train", lambda config, resume: seen.append(config))
-    run_main(monkeypatch, train_module.main, "train.py", "--no-ofsd")
-    assert seen == [Config(ofsd=False)]
 
 
 # ---------------------------------------------------------------- single updates
@@ -275,14 +207,6 @@ def test_several_updates_bring_the_clip_to_work(micro, batch):
     assert updates[0]["clip_frac"] == 0 < updates[-1]["clip_frac"]
 
 
-def test_a_step_of_several_updates_tells_the_gap_before_and_the_clip_after_them(tmp_path):
-    settings = dict(updates=3, grpo_lr=3e-3, ofsd=False)
-    folder = train(replace(SMALL, out=str(tmp_path / "run"), **settings))
-    rows = steps_of(folder, "grpo-1")
-    assert all(row["logprob_gap"] < 1e-3 for row in rows)
-    assert any(row["clip_frac"] > 0 for row in rows)
-
-
 def test_ofsd_step_reads_one_response_twice_and_leaves_the_teacher_alone(
     micro, pairs, monkeypatch
 ):
@@ -334,60 +258,6 @@ def test_the_gradient_is_that_of_finite_differences(micro, batch):
         assert (values[0] - values[1]) / 0.006 == pytest.approx(norm.item(), rel=0.01)
 
 
-def probe(model):
-    return response_logits(model, PROBE).detach()
-
-
-def test_with_adapters_the_teacher_is_the_policy_after_grpo_and_they_are_merged(
-    tmp_path, monkeypatch
-):
-    seen, plain_edge, plain_step = {}, train_module.teacher_edge, train_module.ofsd_step
-
-    def edge(run, pairs):
-        seen["start"], seen["after grpo"], seen["run"] = probe(run.ref_model), probe(run.model), run
-        return plain_edge(run, pairs)
-
-    def step(model, teacher, optimizer, pairs, config):
-        assert teacher is model
-        monkeypatch.setattr(LoRA, "on", False)
-        seen["teacher"] = probe(teacher)
-        monkeypatch.setattr(LoRA, "on", True)
-        stats = plain_step(model, teacher, optimizer, pairs, config)
-        seen["adapted"] = probe(model)
-        return stats
-
-    monkeypatch.setattr(train_module, "teacher_edge", edge)
-    monkeypatch.setattr(train_module, "ofsd_step", step)
-    folder = train(replace(SMALL, out=str(tmp_path / "run"), lora_rank=4, ofsd_lr=1e-2))
-    assert torch.equal(seen["teacher"], seen["after grpo"])  # at the last step, too
-    assert not torch.equal(seen["teacher"], seen["start"])
-    merged = probe(seen["run"].model)
-    assert torch.allclose(merged, seen["adapted"], atol=1e-4)
-    assert not torch.allclose(merged, seen["teacher"], atol=1e-2)
-    assert torch.equal(probe(load_model(str(folder / "model"))[0]), merged)
-
-
-def test_grpo_in_adapters_trains_them_and_merges_them(tmp_path, monkeypatch):
-    seen, plain_step = {}, train_module.grpo_step
-
-    def step(model, ref_model, optimizer, *args):
-        adapters = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        own = [p for p in model.parameters() if id(p) not in adapters]
-        before = [p.clone() for p in own]
-        stats = plain_step(model, ref_model, optimizer, *args)
-        assert adapters and own  # until they are merged the model's own weights stay
-        assert all(torch.equal(a, b) for a, b in zip(before, own))
-        seen["adapted"] = probe(model)
-        return stats
-
-    monkeypatch.setattr(train_module, "grpo_step", step)
-    settings = dict(grpo_lora_rank=4, grpo_lr=1e-2, ofsd_epochs=0)
-    folder = train(replace(SMALL, out=str(tmp_path / "run"), **settings))
-    trained, base = (probe(load_model(str(p))[0]) for p in (folder / "model", "micro/model"))
-    assert torch.allclose(trained, seen["adapted"], atol=1e-4)
-    assert not torch.allclose(base, seen["adapted"], atol=1e-2)
-
-
 def test_ofsd_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch):
     teacher, pairs = frozen_copy(micro[0]), pairs_of(batch[0], (1, 2, 4, 7))
     assert len({sum(pair.student.loss_mask) for pair in pairs}) > 1
@@ -412,17 +282,6 @@ def test_a_stage_without_supported_edge_says_so_and_is_skipped(tmp_path, monkeyp
     assert mining["skipped"] and mining["edge_supported"] == 0
     assert mining["edge"] == pytest.approx(0.2)
     assert not steps_of(folder, "ofsd-1")
-
-
-def test_a_run_whose_rewards_are_all_zero_says_so_and_completes(tmp_path, capsys):
-    questions = tmp_path / "q.jsonl"
-    questions.write_text('{"question": "Who?", "golden_answers": ["nobody at all"]}\n' * 6)
-    folder = train(replace(SMALL, out=str(tmp_path / "run"), questions=str(questions)))
-    assert "no pair to learn from" in capsys.readouterr().out
-    rows = read(folder, "metrics.jsonl")
-    assert [r["no_correct"] for r in rows if r["kind"] == "mining"] == [6]
-    assert all(r["zero_var"] == 1 and r["reward"] == 0 for r in rows if r["kind"] == "step")
-    assert rows[-1]["stage"] == "ofsd-1"
 
 
 # ---------------------------------------------------------------- the command
@@ -463,6 +322,7 @@ def test_every_setting_is_a_flag_with_help(monkeypatch, capsys):
 
 def test_without_flags_the_settings_are_the_defaults(started):
     assert started() == (Config(), False)
+    assert started("--no-ofsd") == (Config(ofsd=False), False)
     assert started("--seed", 3, "--grpo-lr", "1e-5", "--force-ofsd") == (
         Config(seed=3, grpo_lr=1e-5, force_ofsd=True), False
     )  # fmt: skip
@@ -505,12 +365,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(refused, tmp_path, flags, 
         flags = [flag.replace(name, str(tmp_path / f"{name.lower()}.jsonl")) for flag in flags]
     assert message in refused("--out", out, *flags)
     assert not out.exists()
-
-
-def test_a_wrong_flag_ends_the_process_too(command):
-    """The same, once, as a user has it."""
-    done = command("train.py", "--frobnicate", "1")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
 
 
 def test_settings_come_from_a_file_and_flags_win(started, small_run, tmp_path):
@@ -564,19 +418,12 @@ def test_a_file_that_holds_no_settings_is_one_line(refused, tmp_path, text, mess
     assert not (tmp_path / "run").exists()
 
 
-def test_a_file_gives_the_run_that_its_flags_give(small_run, tmp_path, monkeypatch):
-    file = tmp_path / "settings.json"
-    file.write_text(json.dumps(asdict(SMALL)))
-    flags = "--config", file, "--out", tmp_path / "run"
-    run_main(monkeypatch, train_module.main, "train.py", *flags)
-    one, two = (untimed(read(f, "metrics.jsonl")) for f in (small_run, tmp_path / "run"))
-    assert one == two
-
-
 @pytest.mark.slow
 @pytest.mark.skipif("SMOLLM2_DIR" not in os.environ, reason="SMOLLM2_DIR names no folder")
 @pytest.mark.skipif(not (DATA / "hotpotqa").is_dir(), reason="the real questions are not there")
-def test_smollm2_is_started_and_then_learns_by_both_losses_from_real_questions(tmp_path, monkeypatch):
+def test_smollm2_is_started_and_then_learns_by_both_losses_from_real_questions(
+    tmp_path, monkeypatch
+):
     """As it comes it writes no tag. Shown eight questions five times each it searches and answers,
     some of them rightly, and GRPO and OFSD go on from there."""
     corpus, base = str(DATA / "hotpotqa/corpus.jsonl.gz"), os.environ["SMOLLM2_DIR"]

@@ -14,9 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, line_of, read, run_main, steps_of, untimed
 from safetensors.torch import load_file
-from test_train import SMALL, line_of, read, run_main, steps_of, untimed
 
 import grpo
 import train as train_module

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import make
 import pytest
 import torch
-from test_train import line_of, run_main
+from conftest import line_of, run_main
 
 from eval import evaluate, load_questions
 from grpo import response_logits
 from retriever import load_corpus
-from rollout import Trajectory, load_model
+from rollout import Trajectory
 
 MICRO = Path(make.__file__).parent
 TESTS = "evidence-test", "evidence-test-2", "evidence-test-3"

@@ -1,9 +1,9 @@
 """Run by test_ranks.py, with and without torchrun.
 
-    python tests/ranks.py steps FILE RANK        steps of both losses on one fixed batch; the first
-                                                 process keeps the policy, trained with adapters
-                                                 of this rank (0: all weights)
-    python tests/ranks.py stop NUMBER ...        train.py ..., stopped at this checkpoint
+    python tests/system/ranks.py steps FILE RANK    steps of both losses on one fixed batch; the
+                                                    first process keeps the policy, trained with
+                                                    adapters of this rank (0: all weights)
+    python tests/system/ranks.py stop NUMBER ...    train.py ..., stopped at this checkpoint
 """
 
 import sys
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
