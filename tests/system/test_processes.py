@@ -62,6 +62,7 @@ def test_a_terminal_gets_colours():
              "--corpus", "micro/corpus.jsonl", "--limit", 3),
         ),
     ],
+    ids=["retriever.py", "eval.py"],
 )  # fmt: skip
 def test_a_process_prints_what_a_call_of_main_prints(
     command, monkeypatch, capsys, file, main, arguments
@@ -69,7 +70,7 @@ def test_a_process_prints_what_a_call_of_main_prints(
     """So what the other tests see of these two scripts, by such calls, is what a user sees."""
     done = command(file, *arguments)
     here = run_here(monkeypatch, capsys, main, file, *arguments)
-    assert (done.returncode, done.stdout) == here[:2] and here[1]
+    assert (done.returncode, done.stdout, done.stderr) == here and here[1]
 
 
 def test_a_wrong_flag_ends_the_process(command):
