@@ -70,15 +70,15 @@ class Config:
     prompt: str = setting("", "wording of the prompt, with {question} in it")
     date: str = setting("", "what a chat template is told, as 2026-01-31 (default: today)")
     # GRPO
-    grpo_steps: int = setting(20, "steps a round", zero=True)
+    grpo_steps: int = setting(12, "steps a round", zero=True)
     questions_per_step: int = setting(16, "groups a step")
     group_size: int = setting(5, "trajectories a question: G, and K in OFSD")
-    grpo_lr: float = setting(1.5e-4, "learning rate of GRPO, which falls linearly to 0")
+    grpo_lr: float = setting(3e-4, "learning rate of GRPO, which falls linearly to 0")
     updates: int = setting(1, "updates on each batch of trajectories")
     clip_eps: float = setting(0.2, "epsilon of the clipped ratio")
     kl_coef: float = setting(0.0, "beta, the weight of the k3 penalty", zero=True)
     # OFSD
-    ofsd_questions: int = setting(360, "questions sampled for a stage (0: all)", zero=True)
+    ofsd_questions: int = setting(200, "questions sampled for a stage (0: all)", zero=True)
     ofsd_epochs: int = setting(2, "passes over the mined pairs", zero=True)
     ofsd_batch: int = setting(16, "pairs an update")
     ofsd_lr: float = setting(2e-4, "learning rate of OFSD")
