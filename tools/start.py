@@ -16,6 +16,7 @@ find it in FOLDER.
 
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -71,17 +72,19 @@ def imitate(model, demonstrations: list[Trajectory], *, lr: float, batch: int) -
         part = demonstrations[start : start + batch]
         pairs = [pair for t in part for pair in zip(t.response_ids, t.loss_mask)]
         ids = torch.tensor([token for token, mask in pairs if mask], device=model.device)  # (N,)
-
-        def loss(logits, ids, count=len(ids)):
-            value = -token_logprobs(logits, ids).sum() / count
-            return value, {"loss": value.item()}
-
+        loss = partial(imitation_loss, num_tokens=len(ids))
         stats = backward_in_chunks(model, loss, policy_hidden(model, part), ids)
         optimizer.param_groups[0]["lr"] = lr * (1 - start / len(demonstrations))
         clip_and_update(optimizer, 1.0)
         if start // batch % 10 == 0:
             value = sum(one["loss"] for one in stats)
             starts.write(f"{start:5d} of {len(demonstrations)} demonstrations  loss {value:.3f}")
+
+
+def imitation_loss(logits, ids, *, num_tokens: int):
+    """Cross-entropy of n of an update's num_tokens: logits (n, V), ids (n,)."""
+    loss = -token_logprobs(logits, ids).sum() / num_tokens
+    return loss, {"loss": loss.item()}
 
 
 def main() -> None:

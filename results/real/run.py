@@ -22,6 +22,7 @@ import json
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -112,20 +113,22 @@ def pilot(name: str, *changes: str) -> None:
 
 
 def run_counted(config: Config) -> None:
-    """Train, or go on. cost.jsonl gets a line for each call of rollout: what it was for, how many
-    trajectories, tokens of their responses, and how many of these the policy sampled."""
-    folder, plain = Path(config.out), train_module.rollout
-
-    def rollout(*args, progress: str = "", **how):
-        found = plain(*args, progress=progress, **how)
-        tokens = sum(len(t.response_ids) for t in found)
-        row = {"for": progress, "trajectories": len(found), "tokens": tokens}
-        with open(folder / "cost.jsonl", "a") as file:  # resuming cuts it, as the run's own logs
-            file.write(json.dumps(row | {"sampled": sum(sum(t.loss_mask) for t in found)}) + "\n")
-        return found
-
-    train_module.rollout = rollout
+    """Train, or go on, and count what is sampled."""
+    folder = Path(config.out)
+    train_module.rollout = partial(counted, train_module.rollout, folder / "cost.jsonl")
     train_module.train(config, resume=(folder / "config.json").exists())
+
+
+def counted(rollout, log: Path, *args, progress: str = "", **how):
+    """rollout(), and a line in the log: what it was for, how many trajectories, the tokens of their
+    responses, and how many of these the policy sampled. Resuming cuts it as the run's own logs."""
+    found = rollout(*args, progress=progress, **how)
+    row = {"for": progress, "trajectories": len(found)}
+    row["tokens"] = sum(len(t.response_ids) for t in found)
+    row["sampled"] = sum(sum(t.loss_mask) for t in found)
+    with open(log, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    return found
 
 
 def hops(*names: str) -> None:
