@@ -105,7 +105,8 @@ def rollout(
     from torch's global state. A trajectory has at most max_searches, and a search finds at most k
     passages. The other limits are tokens; max_tokens counts observations, too. batch_size:
     trajectories in flight. prompts: ids that replace standard prompts. progress: a bar's title."""
-    prompts = prompts or [chat_ids(tokenizer, standard_prompt(tokenizer, q)) for q in questions]
+    if prompts is None:
+        prompts = [chat_ids(tokenizer, standard_prompt(tokenizer, q)) for q in questions]
     generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     stops = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
@@ -209,8 +210,8 @@ def observation_ids(tokenizer, passages: list[Passage], budget: int) -> list[int
     head, newline, tail = (encode(tokenizer, part) for part in parts)
     # A passage may be a megabyte in one line. Twenty characters a token are more than enough.
     texts = [f"- {passage.title}: {passage.text}"[: 20 * budget] for passage in passages]
-    texts = [neutralise(" ".join(text.split()), tokenizer) for text in texts]
-    lines = [encode(tokenizer, text) for text in texts or ["nothing was found"]]
+    texts = [" ".join(text.split()) for text in texts] or ["nothing was found"]
+    lines = [encode(tokenizer, neutralise(text, tokenizer)) for text in texts]
     room = budget - len(head) - len(tail) - len(lines) * len(newline)
     # Cut the longest first. Of the lengths 0, 1, 2, ... the first `fit` leave room for all lines.
     fit = bisect(range(budget + 1), room, key=lambda most: sum(min(len(x), most) for x in lines))
@@ -317,7 +318,7 @@ class RowCache(Cache):
         return self.used
 
     def reorder(self, order: list[int]) -> None:
-        """Row order[i] becomes row i. All that move are copied at once: a GPU waits for calls."""
+        """Row order[i] becomes row i. What moves is copied at once: each call costs a GPU time."""
         self.lengths[: len(order)] = [self.lengths[row] for row in order]
         moved = [i for i, row in enumerate(order) if i != row]
         to, source = torch.tensor([moved, [order[i] for i in moved]], device=self.model.device)
@@ -348,10 +349,9 @@ def load_model(name: str, day: str = ""):
         how = dict(config=config, dtype=torch.float32, use_safetensors=True)
         model = AutoModelForCausalLM.from_pretrained(name, **how).eval()
         check_sampling(model, tokenizer)  # on the CPU, where float32 leaves no doubt
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
     except Exception as error:  # transformers raises many kinds for what is no model
         raise BadInput(f"cannot use {name}: {error}") from None
-    return model, tokenizer
 
 @torch.no_grad()
 def check_sampling(model, tokenizer) -> None:

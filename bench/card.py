@@ -28,19 +28,19 @@ from retriever import BadInput, run_script  # noqa: E402
 from rollout import RowCache, Trajectory, sample  # noqa: E402
 from train import Config  # noqa: E402
 
-SHAPES = {  # width, layers, heads, key-value heads, width of the middle layer, tied embeddings
-    "0.5B": (896, 24, 14, 2, 4864, True),
-    "1.5B": (1536, 28, 12, 2, 8960, True),
-    "3B": (2048, 36, 16, 2, 11008, True),
+SHAPES = {  # width, layers, heads, key-value heads, width of the middle layer
+    "0.5B": (896, 24, 14, 2, 4864),
+    "1.5B": (1536, 28, 12, 2, 8960),
+    "3B": (2048, 36, 16, 2, 11008),
 }
 
 
 def make_model(name: str, device: str):
-    width, layers, heads, shared, middle, tied = SHAPES[name]
+    width, layers, heads, shared, middle = SHAPES[name]
     config = AutoConfig.for_model(
         "qwen2", vocab_size=151_936, hidden_size=width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=shared, intermediate_size=middle,
-        tie_word_embeddings=tied, max_position_embeddings=32_768,
+        tie_word_embeddings=True, max_position_embeddings=32_768,
     )  # fmt: skip
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -6,9 +6,9 @@
 A hidden state of width --hidden stands for the model; the output layer is a real one. Each row
 is a process of its own: forward and backward of (1) GRPO's log-probabilities, with the entropies
 that are logged, and (2) the forward KL to a teacher. Peak: the largest resident size above that
-before the loss, or on a GPU the most memory that torch held above that.
-Time: the median of --repeats runs after one that warms up. plain is the formula
-on the logits of all positions; chunks is what training uses (backward_in_chunks of grpo.py).
+before the loss, or on a GPU the most memory that torch held above that. Time: the median of
+--repeats runs after one that warms up. plain is the formula on the logits of all positions; chunks
+is what training uses (backward_in_chunks of grpo.py).
 TRL's functions (skipped where trl is not installed) are those its trainers call without a fused
 kernel: selective_log_softmax with entropy_from_logits, the full-vocabulary loss of its
 self-distillation, and the chunked divergence of its distillation trainer.

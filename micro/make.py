@@ -210,15 +210,17 @@ def demonstrate(rng: random.Random, world: World, question: dict, clumsy: bool) 
     return answer(f"{learned}The answer is {entity}.", entity)
 
 
-def as_trajectory(tokenizer, steps: list, question: str, prompt_ids: list[int]) -> Trajectory:
-    """A demonstration in the form that rollouts have."""
+def as_trajectory(
+    tokenizer, steps: list, question: str, prompt_ids: list[int], budget: int = 512
+) -> Trajectory:
+    """A demonstration in the form that rollouts have. budget: tokens of an observation."""
     trajectory = Trajectory(question, prompt_ids)
     for step in steps:
         if isinstance(step, str):
             ids = encode(tokenizer, step)
             trajectory.extend(ids, [0.0] * len(ids))
         else:
-            trajectory.extend(observation_ids(tokenizer, step, 512))
+            trajectory.extend(observation_ids(tokenizer, step, budget))
             trajectory.passages.append(step)
     return trajectory
 

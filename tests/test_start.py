@@ -35,7 +35,7 @@ def test_a_question_is_searched_until_a_passage_holds_an_answer(three):
 def test_a_demonstration_is_written_as_a_rollout_is(tokenizer, three):
     """Its passages are those of its observations: a privileged prompt writes them anew."""
     steps = start.demonstrate(three, QUESTION, k=1)
-    made = start.as_trajectory(tokenizer, "Who?", steps, budget=20)
+    made = start.write_out(tokenizer, "Who?", steps, budget=20)
     assert made.passages == [step for step in steps if isinstance(step, list)]
     sizes = {len(made.response_ids), len(made.loss_mask), len(made.logprobs)}
     assert len(sizes) == 1 and made.loss_mask.count(0) <= 20
@@ -46,7 +46,7 @@ def test_what_is_shown_becomes_likelier_and_what_the_retriever_wrote_has_no_loss
     tokenizer, three, random_model
 ):
     steps = start.demonstrate(three, QUESTION, k=1)
-    made = start.as_trajectory(tokenizer, "Who?", steps, budget=100)
+    made = start.write_out(tokenizer, "Who?", steps, budget=100)
     start.imitate(random_model, [made] * 60, lr=3e-3, batch=2)
     (said,) = rollout(random_model, tokenizer, three, ["Who?"], temperature=0.0, k=1,
                       max_observation_tokens=100)  # fmt: skip

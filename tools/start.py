@@ -26,9 +26,10 @@ from tqdm import tqdm  # noqa: E402
 
 from eval import load_questions, supported  # noqa: E402
 from grpo import backward_in_chunks, clip_and_update, policy_hidden, token_logprobs  # noqa: E402
+from micro.make import as_trajectory  # noqa: E402
 from retriever import BadInput, Parser, Passage, open_index, run_script  # noqa: E402
 from rollout import (  # noqa: E402
-    Trajectory, chat_ids, encode, load_model, observation_ids, save_model, standard_prompt,
+    Trajectory, chat_ids, load_model, save_model, standard_prompt,
 )  # fmt: skip
 
 
@@ -50,16 +51,10 @@ def demonstrate(index, question: dict, *, k: int = 3, max_searches: int = 4) -> 
     return None
 
 
-def as_trajectory(tokenizer, question: str, steps: list, budget: int) -> Trajectory:
-    """A demonstration in the form that rollouts have. budget: tokens of an observation."""
-    trajectory = Trajectory(question, chat_ids(tokenizer, standard_prompt(tokenizer, question)))
-    for step in steps:
-        if isinstance(step, str):
-            ids = encode(tokenizer, step)
-            trajectory.extend(ids, [0.0] * len(ids))
-        else:
-            trajectory.extend(observation_ids(tokenizer, step, budget))
-            trajectory.passages.append(step)
+def write_out(tokenizer, question: str, steps: list, budget: int) -> Trajectory:
+    """The steps as a trajectory under the standard prompt, with an end-of-sequence token."""
+    prompt = chat_ids(tokenizer, standard_prompt(tokenizer, question))
+    trajectory = as_trajectory(tokenizer, steps, question, prompt, budget)
     trajectory.extend([tokenizer.eos_token_id], [0.0])
     return trajectory
 
@@ -117,7 +112,7 @@ def main() -> None:
         steps = demonstrate(index, row, k=args.k, max_searches=args.max_searches)
         if steps and len(demonstrations) < args.count:
             asked = tokenizer, row["question"]
-            demonstrations.append(as_trajectory(*asked, steps, args.max_observation_tokens))
+            demonstrations.append(write_out(*asked, steps, args.max_observation_tokens))
     if not demonstrations:
         raise BadInput(f"{args.questions}: for no question does {args.corpus} hold a passage with "
                        "the answer that BM25 finds")  # fmt: skip

@@ -41,6 +41,7 @@ DATA = ROOT / "runs/real"
 SINGLE = "nq", "triviaqa", "popqa", "squad"
 SEVERAL = "hotpotqa", "2wikimultihopqa"
 SETTINGS = read_settings(ROOT / "configs/smollm2-135m.json")
+LIMITS = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
 ARMS = {
     "search-e1": {},
     # As many trajectories as Search-E1's: what its two OFSD stages sample, and more.
@@ -163,7 +164,6 @@ def table(*folders: str) -> None:
     print_table(rows)
 
 
-LIMITS = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
 PARTS = {
     "data": data, "start": start_model, "pilot": pilot, "train": train_arm, "hops": hops,
     "table": table,
