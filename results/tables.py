@@ -17,7 +17,8 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 # t(.975, n - 1) for n
 T = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)))
-LEVELS = (0.5, 0.6, 0.7)
+T |= dict(zip(range(11, 21), (2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)))
+LEVELS = (0.5, 0.6)
 
 
 def read(part: str) -> dict[str, dict[int, list[dict]]]:
@@ -131,7 +132,7 @@ def stages(part: str, arm: str) -> str:
         kinds = {row["stage"]: row for row in rows if row["kind"] == "kinds"}
         for row in (row for row in rows if row["kind"] == "mining"):
             stage, cells = row["stage"], [seed, row["stage"], row["pairs"]]
-            edges = "edge", "edge_supported"
+            edges = "edge", "edge_supported", "edge_control"
             cells += [f"{row[name]:+.2f}" if name in row else "" for name in edges]
             if row["skipped"]:
                 lines.append([*cells, "skipped", *[""] * 6])
@@ -143,7 +144,7 @@ def stages(part: str, arm: str) -> str:
                 values = [kinds[stage][when].get(kind, 0) for when in ("before", "after")]
                 cells.append(" → ".join(f"{value:.3f}" for value in values))
             lines.append(cells)
-    header = "seed, stage, pairs, edge, supported edge, EM, searches, leak"
+    header = "seed, stage, pairs, edge, supported, control, EM, searches, leak"
     header += ", KL think, KL query, KL answer, KL tags"
     return table(header.split(", "), lines)
 
@@ -197,23 +198,17 @@ def ofsd_stages(part: str) -> str:
 
 VALIDATION = "validation questions"
 SECTIONS = [
-    (f"Trials from the base, one development seed, {VALIDATION}", "tune", trials),
+    (f"Trials from the base, means of two development seeds, {VALIDATION}", "tune", trials),
     ("From the base", "loop", comparison),
-    (f"Second round of trials, means of two development seeds, {VALIDATION}", "tune-2", trials),
-    ("From the base, second round", "loop-2", comparison),
     ("Trials from the converged policy", "tune-plateau", trials),
     ("From a policy that GRPO improves no more", "plateau", comparison),
-    ("From there, with a budget in which GRPO follows the stage", "plateau-2", comparison),
     ("Stages of OFSD in search-e1, from the base", "loop", ofsd_stages),
-    ("Stages of OFSD in search-e1, second round", "loop-2", ofsd_stages),
-    ("Stages of OFSD from the converged policy", "plateau", ofsd_stages),
-    ("Stages of OFSD from the converged policy, second round", "plateau-2", ofsd_stages),
+    ("Stages of OFSD in search-e1, from the converged policy", "plateau", ofsd_stages),
     (f"One stage, one thing changed, {VALIDATION}", "ablations", lambda part: ablations()),
 ]
 FIGURES = {
     "loop": "From the base model",
-    "loop-2": "From the base model, second round",
-    "plateau-2": "From a policy that GRPO improves no more",
+    "plateau": "From a policy that GRPO improves no more",
 }
 
 
