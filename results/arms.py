@@ -47,6 +47,31 @@ TRIALS = {
     },
 }  # fmt: skip
 
+# A second round, after what the first said: fine-tuning gains by more passes, so OFSD may, too.
+TRIALS_2 = {
+    "grpo": {
+        "lr0.0007": Arm("grpo", 7e-4),
+        "small-batch": Arm("grpo", questions_per_step=8),
+        "large-batch": Arm("grpo", questions_per_step=32),
+    },
+    "search-e1": {
+        "fast": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_epochs=4, students=2),
+        "fast-one": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_epochs=8),
+        "fast-40": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4,
+                       students=3),
+    },
+    "ofsd": {
+        "fast-one": Arm("ofsd", ofsd_lr=1e-3, ofsd_epochs=8),
+        "fast-40": Arm("ofsd", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4, students=3),
+        "fast-two": Arm("ofsd", ofsd_lr=1e-3, ofsd_epochs=4, students=2),
+    },
+    "rft": {
+        "early": Arm("grpo 1, rft, grpo", ofsd_epochs=8),
+        "fast": Arm("grpo 1, rft, grpo", ofsd_lr=1e-3, ofsd_epochs=8),
+        "fast-40": Arm("grpo 1, rft, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=8),
+    },
+}  # fmt: skip
+
 # The best trial of each arm by the area under its curve, the mean of both seeds.
 BEST = {"grpo": "lr0.0009", "search-e1": "three", "ofsd": "three", "rft": "eight"}
 ARMS = {kind: TRIALS[kind][best] for kind, best in BEST.items()}

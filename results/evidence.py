@@ -44,7 +44,8 @@ from pathlib import Path
 import torch
 
 from arms import (
-    ABLATED, ABLATIONS, ARMS, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, WORLD, Arm,
+    ABLATED, ABLATIONS, ARMS, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, TRIALS_2,
+    WORLD, Arm,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -189,10 +190,10 @@ def offline(run: Counted, kind: str, stage: str) -> None:
     if kind == "rft":
         distil(run, kind, stage, data)
     else:
-        teacher = frozen_copy(run.model)
-        before = kl_by_kind(run.model, teacher, data, run.tokenizer)
+        teacher, some = frozen_copy(run.model), data[:20]
+        before = kl_by_kind(run.model, teacher, some, run.tokenizer)
         distil(run, kind, stage, data, teacher)
-        after = kl_by_kind(run.model, teacher, data, run.tokenizer)
+        after = kl_by_kind(run.model, teacher, some, run.tokenizer)
         run.log("kinds", stage, before=before, after=after)
     run.test(stage)
 
@@ -420,9 +421,8 @@ def trials(part: str, arms: dict, *seeds: int) -> list[tuple]:
         for kind, those in arms.items()
     ]  # fmt: skip
     plan = [(name, arm) for row in zip(*named, strict=True) for name, arm in row]
-    many = len(seeds) > 1
     return [
-        (run_arm, f"{name}-{seed}" if many else name, arm, seed, "validation")
+        (run_arm, f"{name}-{seed}", arm, seed, "validation")
         for seed in seeds for name, arm in plan
     ]  # fmt: skip
 
@@ -434,7 +434,8 @@ def final(part: str, arms: dict, seeds, split: str = "test") -> list[tuple]:
 
 # (function, name of the result, further arguments), in the order of the runs
 PARTS = {
-    "tune": trials("tune", TRIALS, 100, 101),
+    "tune": trials("tune", TRIALS, 100),
+    "tune-2": trials("tune-2", TRIALS_2, 100),
     "loop": final("loop", ARMS, range(10, 30)),
     "converge": [(converge, "converge", 102)],
     "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 103),
