@@ -286,7 +286,7 @@ class Phase(NamedTuple):
 
 # The warm start. Copying comes first. Then short references teach to take a word from a reference:
 # from whole ones alone that was not learned in 20,000 demonstrations. Nor was it from 6,000 short
-# ones where the first phase had none, and where the agent made no search again.
+# ones after a first phase without any, by an agent that never made a search again.
 PHASES = (
     Phase(6_000, privileged=0.4, own=1.0, short=True, observations=0.2, lr=2e-3, last=0.5),
     Phase(3_600, privileged=1.0, own=1.0, short=True, observations=0.0, lr=2e-3, last=0.5),
