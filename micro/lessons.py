@@ -178,7 +178,7 @@ def ofsd_lesson() -> None:
     print("A number in braces is the KL to the teacher at that token, in nats, where it is above\n"
           ".1; the environment's words have none.\n")  # fmt: skip
     for token, value in zip(pair.student.response_ids, values):
-        shade = "34" if value is None else "0" if value < 0.1 else "33" if value < 1 else "31"
+        shade = "34" if value is None else "0" if value < 0.1 else "33" if value < 0.5 else "31"
         mark = f"{{{value:.1f}}}" if (value or 0) >= 0.1 else ""
         print(paint(decode(tokenizer, [token]), shade) + mark, end="")
     kl = [value for value in values if value is not None]
