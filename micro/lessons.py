@@ -169,10 +169,16 @@ def ofsd_lesson() -> None:
     Parser(description="One pair of micro/model, and the divergence at each token.").parse_args()
     model, tokenizer, index = start()
 
-    pair, values = next(telling_pairs(model, tokenizer, index))
+    for question, group, rewards in groups(model, tokenizer, index, hops=1):
+        pairs = mine_pairs(model, tokenizer, [question], group, rewards, 400)[0]
+        # Most went wrong: it is a word that they like. And one search shows it best.
+        if pairs and sum(rewards) < 3 and len(pairs[0].student.queries) == 1:
+            break
+    pair = pairs[0]
     for reader, ids in (("student", pair.student.prompt_ids), ("teacher", pair.prompt)):
         print(paint(f"---- the {reader}'s prompt ({len(ids)} tokens)", "1"))
         print(decode(tokenizer, ids).strip() + "\n")
+    values = token_divergences(model, pair)
     title = paint("---- the student's own trajectory", "1")
     print(f"{title}, wrong: {pair.student.answer}, not {pair.question['golden_answers'][0]}.")
     print("A number in braces is the KL to the teacher at that token, in nats, where it is above\n"
@@ -185,15 +191,3 @@ def ofsd_lesson() -> None:
     large = [value for value in kl if value >= 0.1]
     print(f"\n\n{len(kl)} tokens, mean KL {sum(kl) / len(kl):.3f}: the loss. {len(large)} tokens "
           f"carry {sum(large) / (sum(kl) or 1):.0%} of it.")  # fmt: skip
-
-
-def telling_pairs(model, tokenizer, index):
-    """Yield (pair, divergences) of wrong students that made no search twice and that the teacher
-    contradicts most, by half a nat or more, at a word that they searched with."""
-    for question, group, rewards in groups(model, tokenizer, index, hops=1):
-        for pair in mine_pairs(model, tokenizer, [question], group, rewards, 400)[0]:
-            values, queries = token_divergences(model, pair), pair.student.queries
-            most, token = max(zip([value or 0 for value in values], pair.student.response_ids))
-            told = most >= 0.5 and decode(tokenizer, [token]).strip() in searched_with(pair.student)
-            if told and min(rewards) == 0 and len({*queries}) == len(queries):
-                yield pair, values
