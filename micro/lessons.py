@@ -168,7 +168,6 @@ def ofsd_lesson() -> None:
     """One pair of micro/model: both prompts, and what the teacher would say otherwise."""
     Parser(description="One pair of micro/model, and the divergence at each token.").parse_args()
     model, tokenizer, index = start()
-
     for question, group, rewards in groups(model, tokenizer, index, hops=1):
         pairs = mine_pairs(model, tokenizer, [question], group, rewards, 400)[0]
         # Most went wrong: it is a word that they like. And one search shows it best.
@@ -182,12 +181,12 @@ def ofsd_lesson() -> None:
     title = paint("---- the student's own trajectory", "1")
     print(f"{title}, wrong: {pair.student.answer}, not {pair.question['golden_answers'][0]}.")
     print("A number in braces is the KL to the teacher at that token, in nats, where it is above\n"
-          ".1; the environment's words have none.\n")  # fmt: skip
+          ".05; the environment's words have none.\n")  # fmt: skip
     for token, value in zip(pair.student.response_ids, values):
-        shade = "34" if value is None else "0" if value < 0.1 else "33" if value < 0.5 else "31"
-        mark = f"{{{value:.1f}}}" if (value or 0) >= 0.1 else ""
+        shade = "34" if value is None else "0" if value < 0.05 else "33" if value < 0.5 else "31"
+        mark = f"{{{value:.2f}}}" if abs(value or 0) >= 0.05 else ""
         print(paint(decode(tokenizer, [token]), shade) + mark, end="")
     kl = [value for value in values if value is not None]
-    large = [value for value in kl if value >= 0.1]
+    large = [value for value in kl if abs(value) >= 0.05]
     print(f"\n\n{len(kl)} tokens, mean KL {sum(kl) / len(kl):.3f}: the loss. {len(large)} tokens "
           f"carry {sum(large) / (sum(kl) or 1):.0%} of it.")  # fmt: skip

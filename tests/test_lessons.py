@@ -93,7 +93,7 @@ def test_ofsd(told):
     assert "An expert answered" in teacher and "An expert answered" not in student
     assert re.search(r"tokens, mean KL 0\.\d+: the loss", text)
     # The largest divergence stands where the student searched with another word than the reference.
-    marked = re.findall(r"(\S+)\{(\d\.\d)\}", text)
+    marked = re.findall(r"(\S+)\{(\d\.\d\d)\}", text)
     word, value = max(marked, key=lambda mark: float(mark[1]))
     assert float(value) >= 0.5 and f" {word}{{{value}}}</search>" in text
     assert f" {word}</search>" not in teacher.split("---- the student's own trajectory")[0]

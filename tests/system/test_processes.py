@@ -20,7 +20,7 @@ LESSONS = {  # the file: a line of its lesson
     "rollout.py": "Sampled by the policy (loss_mask 1), written by the environment (loss_mask 0):",
     "eval.py": "Your own: python eval.py --help",
     "grpo.py": "two columns say: up for the right ones, down for the wrong ones.",
-    "ofsd.py": ".1; the environment's words have none.",
+    "ofsd.py": ".05; the environment's words have none.",
 }
 
 
