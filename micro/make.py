@@ -92,6 +92,7 @@ OPENINGS = "Who or what is {}?", "Name {}.", "Tell me {}.", "I want to know {}."
 SETS = {
     "train": (1080, [0]), "validation": (270, [0]), "test": (540, [0, 1]),
     "evidence-validation": (360, [0]), "evidence-test": (540, [0, 1]),
+    "evidence-test-2": (540, [0, 1]),
 }  # fmt: skip
 
 

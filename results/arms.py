@@ -1,4 +1,16 @@
-"""The plan of evidence.py: every arm that is run, and the trials that chose its settings."""
+"""The plan of evidence.py: every arm that is run, and the trials that chose its settings.
+
+What will be called a yes. This was written, and committed, before a test question of the evidence
+was read. Differences are paired by seed; an interval is the 95 % interval of their mean.
+
+    yes      the interval of the area lies above 0, and that of final EM not below 0
+    no       the interval of the area lies below 0, or between -.03 and +.03
+    open     anything else
+
+It is asked of search-e1 against grpo, of search-e1 against rft, and of ofsd against grpo: from the
+base with 20 seeds, and from the converged policy with 10 (there without ofsd). Searches are fewer
+where the interval of their difference lies below 0. No arm is changed or run again afterwards.
+"""
 
 from dataclasses import dataclass
 
@@ -22,9 +34,11 @@ class Arm:
     model: str = "micro/model"
     budget: int = BUDGET
     falls: bool = True  # GRPO's learning rate, linearly to 0 over the budget
+    clip: str = "none"
+    tau: float = 0.05
 
 
-# Four trials an arm, each on two seeds.
+# Four trials an arm, and three more below, all on one development seed.
 TRIALS = {
     "grpo": {f"lr{lr:g}": Arm("grpo", lr) for lr in (3e-4, 6e-4, 9e-4, 1.3e-3)},
     "search-e1": {
@@ -48,6 +62,7 @@ TRIALS = {
 }  # fmt: skip
 
 # A second round, after what the first said: fine-tuning gains by more passes, so OFSD may, too.
+# And most of OFSD's divergence stands on few tokens, such as a name that the reference gives away.
 TRIALS_2 = {
     "grpo": {
         "lr0.0007": Arm("grpo", 7e-4),
@@ -57,24 +72,24 @@ TRIALS_2 = {
     "search-e1": {
         "fast": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_epochs=4, students=2),
         "fast-one": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_epochs=8),
-        "fast-40": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4,
-                       students=3),
+        "first-40": Arm("ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4, students=3),
     },
     "ofsd": {
         "fast-one": Arm("ofsd", ofsd_lr=1e-3, ofsd_epochs=8),
         "fast-40": Arm("ofsd", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4, students=3),
-        "fast-two": Arm("ofsd", ofsd_lr=1e-3, ofsd_epochs=4, students=2),
+        "position": Arm("ofsd", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4, students=3,
+                        clip="position", tau=0.5),
     },
     "rft": {
         "early": Arm("grpo 1, rft, grpo", ofsd_epochs=8),
         "fast": Arm("grpo 1, rft, grpo", ofsd_lr=1e-3, ofsd_epochs=8),
-        "fast-40": Arm("grpo 1, rft, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=8),
+        "first-40": Arm("rft, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=8),
     },
 }  # fmt: skip
 
-# The best trial of each arm by the area under its curve, the mean of both seeds.
-BEST = {"grpo": "lr0.0009", "search-e1": "three", "ofsd": "three", "rft": "eight"}
-ARMS = {kind: TRIALS[kind][best] for kind, best in BEST.items()}
+# The best trial of each arm by the area under its curve.
+BEST = {"grpo": "lr0.0006", "search-e1": "first-40", "ofsd": "fast-40", "rft": "first"}
+ARMS = {kind: {**TRIALS[kind], **TRIALS_2[kind]}[best] for kind, best in BEST.items()}
 
 # From a policy that GRPO, its learning rate held, improves no more on the validation questions.
 CONVERGED = "runs/evidence/converged"

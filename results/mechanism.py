@@ -23,22 +23,26 @@ from make import CLAUSES, WORDS  # noqa: E402
 from retriever import read_jsonl  # noqa: E402
 from train import Config, train  # noqa: E402
 
-KINDS = "thought", "tag", "name", "the question's word", "the word searched for", "answer"
+KINDS = (
+    "tag", "thought", "name in a thought", "name in a query", "relation in a query",
+    "word searched with", "answer",
+)  # fmt: skip
 
 
-def kinds_of(pair: dict) -> list[str]:
-    """What each token of a pair's student is; "" for the environment's."""
+def kinds_of(pair: dict, names: set[str]) -> list[str]:
+    """What each token of a pair's student is; "" for the environment's. names: words of names."""
     corpus_words, inside, kinds = {word for words in WORDS.values() for word in words}, "", []
     for text, value in pair["divergence"]:
         word = text.strip()
-        tag = word.strip("</>")
-        if tag in ("think", "search", "answer") and word.startswith("<"):
-            inside, kind = "" if "/" in word else tag, "tag"
+        if word.startswith("<"):
+            inside, kind = "" if word.startswith("</") else word.strip("<>"), "tag"
+        elif inside == "think":
+            kind = "name in a thought" if word in names else "thought"
         elif inside == "search":
-            known = "the word searched for" if word in corpus_words else "name"
-            kind = "the question's word" if word in CLAUSES else known
+            kind = "relation in a query" if word in CLAUSES else "name in a query"
+            kind = "word searched with" if word in corpus_words else kind
         else:
-            kind = {"think": "thought", "answer": "answer"}.get(inside, "tag")
+            kind = inside or "tag"
         kinds.append("" if value is None else kind)
     return kinds
 
@@ -51,8 +55,9 @@ def run(seed: int) -> tuple[dict[str, list[float]], dict[str, list[tuple[float, 
     settings = dict(rounds=1, grpo_steps=0, eval_questions="micro/validation.jsonl")
     train(Config(seed=seed, out=str(folder), **settings))
     rows, divergences, ems = list(read_jsonl(folder / "trajectories.jsonl")), {}, {}
+    names = {word for row in read_jsonl("micro/corpus.jsonl") for word in row["title"].split()}
     for pair in [row for row in rows if row["kind"] == "pair"][:20]:
-        for kind, (_, value) in zip(kinds_of(pair), pair["divergence"], strict=True):
+        for kind, (_, value) in zip(kinds_of(pair, names), pair["divergence"], strict=True):
             if kind:
                 divergences.setdefault(kind, []).append(value)
     before, after = ([r for r in rows if r["stage"] == stage and r["kind"] == "eval"]

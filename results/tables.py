@@ -113,14 +113,14 @@ def differences(ours: dict, theirs: dict, value) -> list[float]:
 
 
 def trials(part: str) -> str:
-    keys = "stages grpo_lr ofsd_lr ofsd_questions ofsd_epochs students".split()
+    keys = "stages grpo_lr ofsd_lr ofsd_questions ofsd_epochs students clip".split()
     lines = []
     for name, seeds in read(part).items():
         means = [mean(map(value, seeds.values())) for value in (area, final, searches)]
         arm = seeds[min(seeds)][0]["arm"]
-        lines.append([name, *(f"{value:.3f}" for value in means), *(arm[key] for key in keys)])
+        lines.append([name, *(f"{value:.3f}" for value in means), *(arm.get(key, "none") for key in keys)])
     header = "trial, area, final EM, searches, stages, GRPO lr, offline lr, pool, passes"
-    return table([*header.split(", "), "pairs a question"], lines)
+    return table([*header.split(", "), "pairs a question", "clip"], lines)
 
 
 def stages(part: str, arm: str) -> str:
@@ -198,7 +198,8 @@ def ofsd_stages(part: str) -> str:
 
 VALIDATION = "validation questions"
 SECTIONS = [
-    (f"Trials from the base, means of two development seeds, {VALIDATION}", "tune", trials),
+    (f"Trials from the base, one development seed, {VALIDATION}", "tune", trials),
+    (f"More trials from the base, the same seed, {VALIDATION}", "tune-2", trials),
     ("From the base", "loop", comparison),
     ("Trials from the converged policy", "tune-plateau", trials),
     ("From a policy that GRPO improves no more", "plateau", comparison),
