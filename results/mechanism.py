@@ -31,7 +31,7 @@ KINDS = (
 
 def kinds_of(pair: dict, names: set[str]) -> list[str]:
     """What each token of a pair's student is; "" for the environment's. names: words of names."""
-    corpus_words, inside, kinds = {word for words in WORDS.values() for word in words}, "", []
+    corpus_words, inside, kinds = {*" ".join(WORDS.values()).split()}, "", []
     for text, value in pair["divergence"]:
         word = text.strip()
         if word.startswith("<"):

@@ -15,9 +15,10 @@ from statistics import mean, median, stdev
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-# t(.975, n - 1) for n
-T = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)))
-T |= dict(zip(range(11, 21), (2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)))
+# t(.975, n - 1) for n from 2 to 20
+T = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262
+2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093"""
+T = {n: float(t) for n, t in enumerate(T.split(), start=2)}
 LEVELS = (0.5, 0.6)
 
 
@@ -118,7 +119,8 @@ def trials(part: str) -> str:
     for name, seeds in read(part).items():
         means = [mean(map(value, seeds.values())) for value in (area, final, searches)]
         arm = seeds[min(seeds)][0]["arm"]
-        lines.append([name, *(f"{value:.3f}" for value in means), *(arm.get(key, "none") for key in keys)])
+        cells = [f"{value:.3f}" for value in means]
+        lines.append([name, *cells, *(arm.get(key, "none") for key in keys)])
     header = "trial, area, final EM, searches, stages, GRPO lr, offline lr, pool, passes"
     return table([*header.split(", "), "pairs a question", "clip"], lines)
 

@@ -301,10 +301,9 @@ def test_the_edge_is_the_teachers_and_its_control_reads_the_next_pairs_reference
     def sample(questions, *, prompts, progress):
         seen[progress] = prompts
         assert questions == [pair.question for pair in pairs]
-        return [
-            Trajectory("", [1], answer="a b" if i in right[progress] else "", passages=found * (i > 0))
-            for i in range(4)
-        ]  # fmt: skip
+        answers = ["a b" if i in right[progress] else "" for i in range(4)]
+        shown = [found if i else [] for i in range(4)]
+        return [Trajectory("", [1], answer=a, passages=p) for a, p in zip(answers, shown)]
 
     room = len(pairs[2].prompt) + 5  # the second pair's reference is too long
     run = SimpleNamespace(tokenizer=tokenizer, sample=sample)

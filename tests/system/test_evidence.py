@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import evidence
+import mechanism
 import pytest
 import tables
 import torch
@@ -270,6 +271,20 @@ def test_kinds_of_tokens(tokenizer):
     assert names.count("tag") == 7 and "search" in names
     assert names[:2] == ["tag", "think"]
     assert names[-3:] == ["tag", "answer", "tag"] and len(names) == sum(made.loss_mask)
+
+
+def test_kinds_of_a_pairs_tokens():
+    """As a run logs them: the policy's have a divergence, the environment's have none."""
+    text = "<think>| It| is| Bevor| Bridge|.|</think>|\n|<search>| Bevor| Bridge| mayor| warded"
+    text += "|</search>|\n<information>| Bevor| Bridge|<answer>| Kegon| Sawyer|</answer>"
+    tokens = text.split("|")
+    written = tokens.index("\n<information>")
+    values = [None if written <= i < written + 3 else 0.5 for i in range(len(tokens))]
+    kinds = mechanism.kinds_of({"divergence": [*zip(tokens, values)]}, {"Bevor", "Bridge"})
+    thought = ["tag", "thought", "thought", *["name in a thought"] * 2, "thought", "tag", "tag"]
+    query = ["tag", *["name in a query"] * 2, "relation in a query", "word searched with", "tag"]
+    assert kinds == [*thought, *query, "", "", "", "tag", "answer", "answer", "tag"]
+    assert {*kinds} - {""} == {*mechanism.KINDS}
 
 
 def run_of(points, budget=100):
