@@ -82,7 +82,7 @@ class Config:
     ofsd_questions: int = setting(200, "questions sampled for a stage (0: all)", zero=True)
     ofsd_epochs: int = setting(2, "passes over the mined pairs", zero=True)
     ofsd_batch: int = setting(16, "pairs an update")
-    ofsd_lr: float = setting(2e-4, "learning rate of OFSD")
+    ofsd_lr: float = setting(5e-4, "learning rate of OFSD")
     divergence: str = setting("forward_kl", "loss", choices=("forward_kl", "reverse_kl", "jsd"))
     clip: str = setting("none", "of the loss; paper: entry", choices=("none", "entry", "position"))
     tau: float = setting(0.05, "cap of that clip, in nats")

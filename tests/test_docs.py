@@ -114,6 +114,14 @@ def test_what_is_called_healthy_is_so_in_the_default_run():
     assert limited >= 7
 
 
+def test_distillation_ends_repeated_searches():
+    """As the README and the FAQ say it: the last step of GRPO before OFSD, and those after it."""
+    steps = step_lines()
+    runs = [[step["repeats"] for step in steps[i : i + 24]] for i in range(0, len(steps), 24)]
+    assert len(runs) == 5 and all(1 / 8 < run[11] < 1 / 2 for run in runs)
+    assert max(max(run[12:]) for run in runs) < 0.12 and "it is below .12" in PAGES["faq"]
+
+
 def test_the_figure_is_drawn_from_the_logs():
     """It holds the numbers that it was drawn from. If not: python results/default/figure.py"""
     drawn = runpy.run_path(str(ROOT / "results/default/figure.py"))["values"]()
