@@ -177,7 +177,7 @@ def grpo_stage(run: "Run", number: int) -> None:
 def ofsd_stage(run: "Run", number: int) -> dict:
     """Mine pairs, and pull the student towards the teacher on them. Returns the teacher's edge."""
     config, stage = run.config, f"ofsd-{number}"
-    # 1. Pairs, or none if the stage is to be skipped, in batches: a fresh order each epoch.
+    # 1. Mine pairs, or none if the stage is skipped. In batches: a fresh order each epoch.
     mined = run.saved.get("mined")  # if the run was stopped in this stage
     if not mined:
         pairs, edge = mine_stage(run, stage)
@@ -231,7 +231,7 @@ def mine_stage(run: "Run", stage: str) -> tuple[list[Pair], dict]:
 def teacher_edge(run: "Run", pairs: list[Pair]) -> dict:
     """EM of the teacher, who reads the pairs' prompts, minus EM of the student: by fresh samples,
     since the old ones chose the pairs. edge_supported: the same with supported EM. edge_control:
-    with the next pair's reference (where that fits); if it is as large, no reference is read."""
+    with the next pair's reference (its own where that does not fit): does it matter whose it is?"""
     questions, room = [pair.question for pair in pairs], run.config.max_privileged_tokens
     prompts = {"student": None, "teacher": [pair.prompt for pair in pairs], "control": []}
     for pair, other in zip(pairs, pairs[1:] + pairs[:1]):
