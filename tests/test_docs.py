@@ -133,6 +133,19 @@ def test_the_figure_is_drawn_from_the_logs():
     assert json.dumps(drawn).encode() in (ROOT / "results/default/figure.png").read_bytes()
 
 
+def test_the_mechanism_is_drawn_and_told_as_it_was_measured():
+    """If not: python results/mechanism.py"""
+    told = json.loads(text_of("results/mechanism.json"))
+    assert json.dumps(told).encode() in (ROOT / "results/mechanism.png").read_bytes()
+    page, word = re.sub(r"\s+", " ", text_of("results/README.md")), told["kl"]["word searched with"]
+    share, part = (f"{100 * word[name]:.0f} %" for name in ("share", "of_tokens"))
+    mean_kl = f"{word['mean']:.2f}".removeprefix("0")
+    told_so = f"{part} of the policy's tokens and carry {share} of the divergence, {mean_kl} nats"
+    assert told_so in page
+    assert max(kl["mean"] for kl in told["kl"].values() if kl is not word) < 0.09
+    assert len(told["em"]) == 20 and all(before < after for before, after in told["em"].values())
+
+
 # ---------------------------------------------------------------- numbers of one page
 
 
