@@ -71,7 +71,7 @@ def habit(number: int) -> dict:
 def test_the_committed_data_is_what_the_script_makes(tmp_path, monkeypatch):
     run_main(monkeypatch, make.main, "make.py", "--data-only", "--out", tmp_path)
     names = sorted(path.name for path in MICRO.glob("*.jsonl"))
-    assert sorted(path.name for path in tmp_path.glob("*")) == names and len(names) == 6
+    assert sorted(path.name for path in tmp_path.glob("*")) == names and len(names) == 7
     for name in names:
         assert (tmp_path / name).read_text() == (MICRO / name).read_text()
 
