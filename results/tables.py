@@ -151,6 +151,25 @@ def stages(part: str, arm: str) -> str:
     return table(header.split(", "), lines)
 
 
+def first_stages(part: str) -> str:
+    """The offline stage that an arm begins with: what its first pass and all passes gained and
+    cost, pool and edge aside. Means over seeds."""
+    lines = []
+    for arm, seeds in read(part).items():
+        found = []
+        for rows in seeds.values():
+            start, *tests = evaluations(rows)
+            after = [row for row in tests if row["stage"] in ("ofsd-1", "rft-1")]
+            pool = [row["cost"] for row in tests if row["stage"] in ("pool ofsd-1", "pool rft-1")]
+            for row in after[:1] + after[-1:]:
+                found.append((row["em"] - start["em"], (row["cost"] - pool[0]) / 1000))
+        if found:
+            means = [mean(column) for part in (found[::2], found[1::2]) for column in zip(*part)]
+            formats = "{:+.3f}", "{:.0f}", "{:+.3f}", "{:.0f}"
+            lines.append([arm, *(form.format(x) for form, x in zip(formats, means))])
+    return table("arm, one pass: EM, tokens (K), all passes: EM, tokens (K)".split(", "), lines)
+
+
 def ablations() -> str:
     """EM after a stage's last pass, less EM before it, by variant: mean over seeds, and each."""
     found: dict[str, list] = {}
@@ -203,6 +222,7 @@ SECTIONS = [
     (f"Trials from the base, one development seed, {VALIDATION}", "tune", trials),
     (f"More trials from the base, the same seed, {VALIDATION}", "tune-2", trials),
     ("From the base", "loop", comparison),
+    ("The offline stage that an arm begins with, from the base", "loop", first_stages),
     ("Trials from the converged policy", "tune-plateau", trials),
     ("From a policy that GRPO improves no more", "plateau", comparison),
     ("Stages of OFSD in search-e1, from the base", "loop", ofsd_stages),
