@@ -114,16 +114,6 @@ def evaluate(model, tokenizer, retriever, questions: list[dict], **how) -> dict:
     how = {"temperature": 0.0, **how}
     return score(questions, rollout(model, tokenizer, retriever, asked, **how))
 
-def teacher_edge(run, pairs: list) -> dict:
-    """EM of the teacher, who reads the pairs' prompts, minus EM of the student. The samples are
-    fresh, since the old ones chose the pairs. edge_supported: the same with supported EM."""
-    questions, prompts = [pair.question for pair in pairs], [pair.prompt for pair in pairs]
-    teacher = score(questions, run.sample(questions, prompts=prompts, progress="teacher"))
-    student = score(questions, run.sample(questions, progress="student"))
-    edge = {"edge": teacher["em"] - student["em"]}
-    edge["edge_supported"] = teacher["em_supported"] - student["em_supported"]
-    return edge | {"teacher_em": teacher["em"], "student_em": student["em"]}
-
 # The seven benchmarks of the paper, by FlashRAG's names, and the split that Search-R1 tests on.
 SINGLE_HOP = {"nq": "test", "triviaqa": "test", "popqa": "test"}
 MULTI_HOP = {"hotpotqa": "dev", "2wikimultihopqa": "dev", "musique": "dev", "bamboogle": "test"}
@@ -203,21 +193,21 @@ def report(folder: Path, evaluations: list[dict]) -> None:
     """The table of a training run, and one of its questions before and after."""
     rows = []
     for row in evaluations:
-        edges = {"edge": row.get("edge"), "supported": row.get("edge_supported")}
+        edges = {"edge": row.get("edge")}
+        edges |= {name: row.get(f"edge_{name}") for name in ("supported", "control")}
         edges = {name: "" if edge is None else f"{edge:+.3f}" for name, edge in edges.items()}
         kinds = {f"EM {kind}": em for kind, em in row["em_by"].items()}
         columns = {"stage": row["stage"], "EM": row["em"], "F1": row["f1"], **kinds}
         columns |= {name: row[name] for name in ("searches", "answered")} | edges
         rows.append(columns | {"minutes": f"{row['time_s'] / 60:.1f}"})
-    print(f"\n{evaluations[0]['n']} test questions; edge: the teacher's, measured before the stage")
+    n = evaluations[0]["n"]
+    print(f"\n{n} test questions; edge: the teacher's; control: with another question's reference")
     print_table(rows)
 
     told = [row for row in read_jsonl(folder / "trajectories.jsonl") if row["kind"] == "eval"]
-    before, after = told[: evaluations[0]["n"]], told[-evaluations[0]["n"] :]
     # A question that became right, by the most searches; else one that did not change.
-    gains = [(new["em"] - old["em"], len(new["queries"])) for old, new in zip(before, after)]
-    chosen = gains.index(max(gains))
-    for title, row in (("before", before[chosen]), ("after", after[chosen])):
+    gain = lambda both: (both[1]["em"] - both[0]["em"], len(both[1]["queries"]))
+    for title, row in zip(("before", "after"), max(zip(told[:n], told[-n:]), key=gain)):
         text = "".join(text for _, text in row["text"]).strip()
         answers = " / ".join(row["golden_answers"])
         print(printable(f"\n{title}: {row['question']}  (answer: {answers})\n{text}"))

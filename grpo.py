@@ -168,9 +168,9 @@ def token_entropies(logits: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- machinery
 
-# Memory. With a vocabulary of 151,936 the logits of 4,000 tokens are 2.4 GB, and a loss holds
-# several copies. But a loss is a sum over tokens. So one chunk of hidden states at a time goes
-# through the output layer, forward and backward. The model's backward pass follows once.
+# Memory. With 151,936 words the logits of 4,000 tokens are 2.4 GB, and a loss holds several copies.
+# But it is a sum over tokens. So one chunk of hidden states at a time goes through the output
+# layer, forward and backward. The model's backward pass follows once.
 
 CHUNK = 2**25  # logits at a time: 134 MB a copy
 

@@ -161,8 +161,7 @@ def kl_terms(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def distill_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, loss_mask: torch.Tensor, *,
-    kind: str = "forward_kl", clip: str = "none", tau: float = 0.05,
-    num_tokens: float | None = None,
+    kind: str = "forward_kl", clip: str = "none", tau: float = 0.05, num_tokens: float | None = None
 ) -> torch.Tensor:  # fmt: skip
     """The loss as a whole (training takes it in pieces, by chunk_loss): the mean divergence, in
     nats, over the positions whose mask is 1.
@@ -221,8 +220,7 @@ def token_divergences(model, pair: Pair) -> list[float | None]:
     return [next(values) if sampled else None for sampled in pair.student.loss_mask]
 
 class LoRA(torch.nn.Module):
-    """W x + 2 B A x in place of a linear layer. A is random and B is zero, so at first nothing
-    changes. 2 is alpha / r for the usual alpha, 2 r."""
+    """W x + 2 B A x in place of a linear layer. B is zero, so at first nothing changes."""
 
     on = True  # for all adapters; when off, the model is as it was before they were added
 

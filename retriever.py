@@ -79,9 +79,9 @@ def bm25_score(query: str, text: str, texts: list[str], k1: float = 0.9, b: floa
 class BM25:
     """An index of passages: for each word, which passages hold it and what it adds to a score.
 
-    What a word adds, idf * tf / (tf + norm), is its impact; it is computed here, once. A word in
-    few passages has postings: the numbers of its passages, and their impacts. A word in more than
-    a twentieth of them has a column, an impact for each passage: adding a vector is faster.
+    What a word adds, idf * tf / (tf + norm), is its impact, computed here once. A word in few
+    passages has postings: the numbers of its passages, and their impacts. A word in more than a
+    twentieth of them has a column, an impact for each passage: adding a vector is faster.
 
     >>> index = BM25([Passage("0", "Cats", "a cat sat"), Passage("1", "Dogs", "a dog")])
     >>> [passage.title for passage in index.search(["a dog"], k=2)[0]]
@@ -257,9 +257,8 @@ URL = re.compile(r"https?://(\[[:.\w]+\]|[\w-]+(\.[\w-]+)*\.?)(:\d+)?([/?][!-~]*
 class RemoteRetriever:
     """A server that speaks Search-R1's protocol, in place of an index: it is sent {"queries",
     "topk", "return_scores"}, and answers {"result": [[{"document": {"contents"}, "score"}, ...]]}.
-    An attempt may take `timeout` seconds. Trouble that may be temporary (no answer, status 429 or
-    5xx) is met by `retries` more attempts, after pause, 2 pause, 4 pause, ... seconds. After that,
-    and for an answer of another form, BadInput is raised. Proxies set in the shell are not used."""
+    An attempt may take `timeout` seconds. If no answer comes, or status 429 or 5xx, `retries` more
+    follow, after pause, 2 pause, 4 pause, ... seconds. BadInput: they did not help, or cannot."""
 
     def __init__(self, url: str, timeout: float = 60.0, retries: int = 3, pause: float = 1.0):
         if not re.fullmatch(URL, url):
@@ -301,7 +300,7 @@ class Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
         return urllib.request.Request(url, request.data, request.headers)
 
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), Redirects)
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}), Redirects)  # {}: no proxies
 
 # Without its usage, argparse says what is wrong with a flag in one line. It exits with status 2.
 Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)

@@ -37,9 +37,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from eval import batch_stats, load_mixture, load_questions, report, rewards_of, score, teacher_edge
+from eval import batch_stats, load_mixture, load_questions, report, rewards_of, score
 from grpo import check_training, frozen_copy, gather, grpo_step, rank_and_ranks
-from ofsd import Pair, merge_adapters, mine_pairs, ofsd_step, spans, token_divergences, trainable
+from ofsd import Pair, merge_adapters, mine_pairs, ofsd_step, privileged_prompt, spans
+from ofsd import token_divergences, trainable
 from retriever import BadInput, Parser, Passage, RemoteRetriever, open_index, run_script
 from rollout import Trajectory, chat_ids, decode, load_model, rollout, save_model
 from rollout import standard_prompt
@@ -81,7 +82,7 @@ class Config:
     ofsd_questions: int = setting(200, "questions sampled for a stage (0: all)", zero=True)
     ofsd_epochs: int = setting(2, "passes over the mined pairs", zero=True)
     ofsd_batch: int = setting(16, "pairs an update")
-    ofsd_lr: float = setting(2e-4, "learning rate of OFSD")
+    ofsd_lr: float = setting(5e-4, "learning rate of OFSD")
     divergence: str = setting("forward_kl", "loss", choices=("forward_kl", "reverse_kl", "jsd"))
     clip: str = setting("none", "of the loss; paper: entry", choices=("none", "entry", "position"))
     tau: float = setting(0.05, "cap of that clip, in nats")
@@ -176,7 +177,7 @@ def grpo_stage(run: "Run", number: int) -> None:
 def ofsd_stage(run: "Run", number: int) -> dict:
     """Mine pairs, and pull the student towards the teacher on them. Returns the teacher's edge."""
     config, stage = run.config, f"ofsd-{number}"
-    # 1. Pairs, or none if the stage is to be skipped, in batches: a fresh order each epoch.
+    # 1. Mine pairs, or none if the stage is skipped. In batches: a fresh order each epoch.
     mined = run.saved.get("mined")  # if the run was stopped in this stage
     if not mined:
         pairs, edge = mine_stage(run, stage)
@@ -210,8 +211,14 @@ def mine_stage(run: "Run", stage: str) -> tuple[list[Pair], dict]:
     pool = run.sample(questions, group_size=config.group_size, progress="pool")
     rewards, room = rewards_of(questions, pool), config.max_privileged_tokens
     pairs, counts = mine_pairs(run.model, run.tokenizer, questions, pool, rewards, room)
+    counted = ", ".join(f"{count} {name}" for name, count in counts.items())
+    print(f"\n{stage}: {len(questions)} questions, {counted}")
     edge = teacher_edge(run, pairs) if pairs else {"edge": None, "edge_supported": None}
+    if pairs:
+        print("the teacher's " + ", ".join(f"{name} {gain:+.3f}" for name, gain in edge.items()))
     skipped = not pairs or not (config.force_ofsd or edge["edge_supported"] > 0)
+    if skipped:
+        print("no pair to learn from, or no supported edge: this stage is skipped (--force-ofsd)")
     run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
     for number, pair in enumerate(pairs):  # to look at; the first twenty token by token
         values = token_divergences(run.model, pair) if number < 20 else []
@@ -219,13 +226,21 @@ def mine_stage(run: "Run", stage: str) -> tuple[list[Pair], dict]:
         told = {name: run.as_json(getattr(pair, name)) for name in ("reference", "student")}
         told |= {"rewards": pair.rewards, "divergence": [*zip(tokens, values)]}
         run.append("trajectories.jsonl", "pair", stage, id=pair.question["id"], **told)
-    why = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "pairs")
-    print(f"\n{stage}: {len(pairs)} pairs of {len(questions)} questions ({why})")
-    if pairs:
-        print(f"teacher's edge {edge['edge']:+.3f} EM, supported {edge['edge_supported']:+.3f}")
-    if skipped:
-        print("no pair to learn from, or no supported edge: this stage is skipped (--force-ofsd)")
     return ([] if skipped else pairs), edge
+
+def teacher_edge(run: "Run", pairs: list[Pair]) -> dict:
+    """EM of the teacher, who reads the pairs' prompts, minus EM of the student: by fresh samples,
+    since the old ones chose the pairs. edge_supported: the same with supported EM. edge_control:
+    with the next pair's reference (its own where that does not fit): does it matter whose it is?"""
+    questions, room = [pair.question for pair in pairs], run.config.max_privileged_tokens
+    prompts = {"student": None, "teacher": [pair.prompt for pair in pairs], "control": []}
+    for pair, other in zip(pairs, pairs[1:] + pairs[:1]):
+        shown = pair.question["question"], other.reference
+        prompts["control"].append(privileged_prompt(run.tokenizer, *shown, room) or pair.prompt)
+    sampled = [run.sample(questions, prompts=prompts[who], progress=who) for who in prompts]
+    student, teacher, control = (score(questions, trajectories) for trajectories in sampled)
+    edge = {"edge": teacher["em"] - student["em"], "edge_control": control["em"] - student["em"]}
+    return edge | {"edge_supported": teacher["em_supported"] - student["em_supported"]}
 
 # ---------------------------------------------------------------- machinery
 
@@ -296,13 +311,11 @@ class Run:
         if self.rank == 0:
             save_model(self.model, self.tokenizer, self.folder / "model")
         self.checkpoint("", 0)  # last: if it is killed before, the test and model/ are made again
-        print(f"test, {stage}: EM {row['em']:.3f}, {row['searches']:.2f} searches, "
-              f"{row['answered']:.3f} answered, {row['time_s'] / 60:.1f} min")  # fmt: skip
+        print(f"{stage}: EM {row['em']:.3f}, {row['searches']:.2f} searches, {row['time_s']:.0f} s")
 
     def end_step(self, stage: str, step: int, stats: dict, objects: dict, **more) -> None:
         """Log a step, and save it where that is due."""
-        no_update = not math.isfinite(stats["grad_norm"])  # one was skipped
-        self.log("step", stage, step=step, **stats, no_update=no_update)
+        self.log("step", stage, step=step, **stats, no_update=not math.isfinite(stats["grad_norm"]))
         if step % self.config.save_every == 0:
             self.checkpoint(stage, step, objects, **more)
 

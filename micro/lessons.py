@@ -19,7 +19,7 @@ import torch
 
 from eval import interval, load_questions, print_results, rewards_of, score
 from grpo import frozen_copy, group_advantages, grpo_step, policy_hidden, policy_logprobs
-from ofsd import Pair, mine_pair, privileged_prompt, token_divergences
+from ofsd import mine_pairs, token_divergences
 from retriever import Parser, bm25_score, load_corpus, open_index, printable, run_script, words
 from rollout import decode, load_model, rollout
 from train import Config
@@ -40,46 +40,47 @@ def paint(text: str, colour: str) -> str:
     return text
 
 
-def one_group(model, tokenizer, index, wanted):
-    """The first training question whose group of five has what is wanted of its rewards."""
+def groups(model, tokenizer, index, hops: int):
+    """Yield each training question of so many hops, a group of five, and its rewards."""
     for question in load_questions(str(MICRO / "train.jsonl")):
-        group = rollout(model, tokenizer, index, [question["question"]], group_size=5, seed=0)
-        rewards = rewards_of([question], group)
-        if wanted(group, rewards):
-            return question, group, rewards
+        if question["hops"] == hops:
+            group = rollout(model, tokenizer, index, [question["question"]], group_size=5, seed=0)
+            yield question, group, rewards_of([question], group)
+
+
+def searched_with(trajectory) -> list[str]:
+    """The last words of its queries, of those that are more than a name."""
+    return [query.split()[-1] for query in trajectory.queries if len(query.split()) > 2]
 
 
 def retriever_lesson() -> None:
-    """How one query is scored, word by word."""
+    """How a query is scored, word by word: in the question's words, and in the corpus's."""
     corpus = load_corpus(MICRO / "corpus.jsonl")
     index = open_index(MICRO / "corpus.jsonl")
-    query = "Who founded Hunik Labs, a company with its seat in Stobor Bridge?"
-    found = index.search([query], 3)[0]
-    print(f"{index.size} passages. Query: {query}\nThe best three:")
-    numbers = np.argsort(-index.scores(query), kind="stable")[:3]
-    for number, passage in zip(numbers, found):
-        print(f"  passage {number}: {passage.text}")
-    print("\nA word counts more if few passages hold it (idf), and if the passage is short:\n")
-    heads = "".join(f"{f'passage {n}':>14}" for n in numbers)
-    print(f"{'word':12}{'times':>6}{'in passages':>13}{'idf':>7}{heads}")
-    asked = words(query)
-    for word in dict.fromkeys(asked):
-        scores = index.scores(word)
-        df = int((scores > 0).sum())
-        idf = np.log(1 + (index.size - df + 0.5) / (df + 0.5))
-        cells = "".join(f"{asked.count(word) * scores[n]:14.3f}" for n in numbers)
-        print(f"{word:12}{asked.count(word):6}{df:13}{idf:7.2f}{cells}")
-    print(f"{'sum':38}" + "".join(f"{passage.score:14.3f}" for passage in found))
-    texts = [f"{passage.title} {passage.text}" for passage in corpus]
-    plain = bm25_score(query, texts[numbers[0]], texts)
-    print(f"\nThe plain formula, bm25_score, gives {plain:.3f} for passage {numbers[0]}.")
-    print("Your own: python retriever.py --corpus FILE WORDS")
+    print(f"{index.size} passages. A word counts more if few of them hold it (idf).")
+    for query in ("Who is mayor of Bevor Bridge?", "Bevor Bridge mayor warded"):
+        impacts = {word: index.scores(word) for word in words(query)}  # (N,) each
+        df = np.array([(scores > 0).sum() for scores in impacts.values()])  # (W,)
+        idf = np.log(1 + (index.size - df + 0.5) / (df + 0.5))  # (W,)
+        heads = "".join(f"{word:>7}" for word in impacts)
+        print(f"\nQuery: {query}\n\n{'':9}{heads}     sum")
+        print("passages " + "".join(f"{count:7}" for count in df))
+        print("idf      " + "".join(f"{value:7.2f}" for value in idf))
+        for passage in index.search([query], 6)[0]:
+            cells = "".join(f"{scores[int(passage.id[1:])]:7.3f}" for scores in impacts.values())
+            print(f"{passage.id:9}{cells}{passage.score:8.3f}  {passage.text}")
+    best, texts = index.search([query], 1)[0][0], [f"{p.title} {p.text}" for p in corpus]
+    plain = bm25_score(query, f"{best.title} {best.text}", texts)
+    print(f"\nThe plain formula, bm25_score, gives {plain:.3f} for {best.id} in the last query.\n"
+          "A policy is shown three. No passage says mayor, so the five of Bevor Bridge are equal.\n"
+          "This corpus says warded. Such words are what there is to learn.\n"
+          "Your own: python retriever.py --corpus FILE WORDS")  # fmt: skip
 
 
 def rollout_lesson() -> None:
     """One trajectory of micro/model: who wrote what, and how likely the policy found it."""
     parser = Parser(description="Play one trajectory of micro/model.")
-    asked = "Who or what is the spouse of the founder of Hunik Labs?"
+    asked = "Who or what is the birthplace of the mayor of Bevor Bridge?"
     parser.add_argument("--question", default=asked)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logprobs", action="store_true", help="a token a line, with its log pi")
@@ -117,11 +118,15 @@ def eval_lesson() -> None:
           + f"; right and supported by a passage: {row['em_supported']:.3f}")  # fmt: skip
     rewards = rewards_of(questions, trajectories)
     wrong = [i for i, reward in enumerate(rewards) if not reward]
-    print(f"\nThe worst of {len(wrong)} wrong ones, by searches spent:\n")
+    chosen = [zip(searched_with(trajectories[i]), questions[i]["words"]) for i in wrong]
+    strays = sum(any(word != right for word, right in pairs) for pairs in chosen)
+    print(f"\n{len(wrong)} are wrong; {strays} of them searched with another relation's word.\n"
+          "The worst, by searches spent:\n")  # fmt: skip
     for i in sorted(wrong, key=lambda i: -len(trajectories[i].queries))[:5]:
         said, right = trajectories[i].answer, questions[i]["golden_answers"][0]
         print(printable(f"{asked[i]}\n    searched: {'; '.join(trajectories[i].queries)}\n"
-                        f"    said: {said}   right: {right}"))  # fmt: skip
+                        f"    said: {said}\n    right: {right}, found with: "
+                        + ", then ".join(questions[i]["words"])))  # fmt: skip
     print("\nYour own: python eval.py --help")
 
 
@@ -129,8 +134,8 @@ def grpo_lesson() -> None:
     """One group of micro/model: rewards, advantages, weights, and one update."""
     Parser(description="One group of micro/model: its advantages, and one update.").parse_args()
     model, tokenizer, index = start()
-    # A group of equals teaches nothing.
-    question, group, rewards = one_group(model, tokenizer, index, lambda _, r: len({*r}) > 1)
+    sampled = groups(model, tokenizer, index, hops=2)  # a group of equals teaches nothing
+    question, group, rewards = next(row for row in sampled if len({*row[2]}) > 1)
     before = log_probabilities(model, group)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     rewards = torch.tensor([rewards])  # (1, G)
@@ -138,15 +143,15 @@ def grpo_lesson() -> None:
     after = log_probabilities(model, group)
     num_tokens = sum(sum(t.loss_mask) for t in group)
     print(f"question: {question['question']}  (answer: {question['golden_answers'][0]})\n")
-    print(f"{'answer':20}{'reward':>8}{'advantage':>11}{'tokens':>8}{'weight of a token':>19}"
-          f"{'log pi before':>15}{'after':>9}")  # fmt: skip
+    print(f"{'answer':17}{'reward':>7}{'advantage':>10}{'tokens':>7}{'weight a token':>16}"
+          f"{'log pi':>9}{'after':>9}   words searched with")  # fmt: skip
     advantages = group_advantages(rewards)[0].tolist()
     for t, reward, A, old, new in zip(group, rewards[0], advantages, before, after):
-        print(f"{str(t.answer):20}{reward:8.0f}{A:11.3f}{sum(t.loss_mask):8d}{A / num_tokens:19.5f}"
-              f"{old:15.3f}{new:9.3f}")  # fmt: skip
+        print(f"{str(t.answer):17}{reward:7.0f}{A:10.3f}{sum(t.loss_mask):7d}{A / num_tokens:16.5f}"
+              f"{old:9.3f}{new:9.3f}   {', '.join(searched_with(t))}")  # fmt: skip
     print(f"\nThe loss was {stats['loss']:.1e}: minus the mean advantage of all tokens. Its\n"
           f"gradient had the norm {stats['grad_norm']:.3f}, and one update moved log pi as the\n"
-          "last two columns say: up for the right ones, down for the wrong ones.")  # fmt: skip
+          "two columns say: up for the right ones, down for the wrong ones.")  # fmt: skip
 
 
 def log_probabilities(model, group) -> list[float]:
@@ -163,28 +168,25 @@ def ofsd_lesson() -> None:
     """One pair of micro/model: both prompts, and what the teacher would say otherwise."""
     Parser(description="One pair of micro/model, and the divergence at each token.").parse_args()
     model, tokenizer, index = start()
-
-    def teaches(group, rewards):
-        pair = mine_pair(group, rewards)
-        return pair and not rewards[group.index(pair[1])]
-
-    question, group, rewards = one_group(model, tokenizer, index, teaches)
-    reference, student = mine_pair(group, rewards)
-    prompt = privileged_prompt(tokenizer, question["question"], reference, 400)
-    for reader, ids in (("student", student.prompt_ids), ("teacher", prompt)):
+    for question, group, rewards in groups(model, tokenizer, index, hops=1):
+        pairs = mine_pairs(model, tokenizer, [question], group, rewards, 400)[0]
+        # Most went wrong: it is a word that they like. And one search shows it best.
+        if pairs and sum(rewards) < 3 and len(pairs[0].student.queries) == 1:
+            break
+    pair = pairs[0]
+    for reader, ids in (("student", pair.student.prompt_ids), ("teacher", pair.prompt)):
         print(paint(f"---- the {reader}'s prompt ({len(ids)} tokens)", "1"))
         print(decode(tokenizer, ids).strip() + "\n")
-    values = token_divergences(model, Pair(question, reference, student, prompt, rewards))
-    right = question["golden_answers"][0]
+    values = token_divergences(model, pair)
     title = paint("---- the student's own trajectory", "1")
-    print(f"{title}, wrong: {student.answer}, not {right}.")
+    print(f"{title}, wrong: {pair.student.answer}, not {pair.question['golden_answers'][0]}.")
     print("A number in braces is the KL to the teacher at that token, in nats, where it is above\n"
-          ".1; the environment's words have none.\n")  # fmt: skip
-    for token, value in zip(student.response_ids, values):
-        shade = "34" if value is None else "0" if value < 0.1 else "33" if value < 1 else "31"
-        mark = f"{{{value:.1f}}}" if (value or 0) >= 0.1 else ""
+          ".05; the environment's words have none.\n")  # fmt: skip
+    for token, value in zip(pair.student.response_ids, values):
+        shade = "34" if value is None else "0" if value < 0.05 else "33" if value < 0.5 else "31"
+        mark = f"{{{value:.2f}}}" if abs(value or 0) >= 0.05 else ""
         print(paint(decode(tokenizer, [token]), shade) + mark, end="")
     kl = [value for value in values if value is not None]
-    large = [value for value in kl if value >= 0.1]
+    large = [value for value in kl if abs(value) >= 0.05]
     print(f"\n\n{len(kl)} tokens, mean KL {sum(kl) / len(kl):.3f}: the loss. {len(large)} tokens "
           f"carry {sum(large) / (sum(kl) or 1):.0%} of it.")  # fmt: skip

@@ -1,10 +1,21 @@
-"""The plan of evidence.py: every arm that is run, and the trials that chose its settings."""
+"""The plan of evidence.py: every arm that is run, and the trials that chose its settings.
 
-from dataclasses import dataclass, replace
+What will be called a yes. This was written, and committed, before a test question of the evidence
+was read. Differences are paired by seed; an interval is the 95 % interval of their mean.
 
-# The world: three-hop questions that the base model almost never answers (micro/make.py).
-WORLD = dict(questions="micro/evidence-train.jsonl", ofsd_batch=8)
-BUDGET = 500_000  # tokens
+    yes      the interval of the area lies above 0, and that of final EM not below 0
+    no       the interval of the area lies below 0, or between -.03 and +.03
+    open     anything else
+
+It is asked of search-e1 against grpo, of search-e1 against rft, and of ofsd against grpo: from the
+base with 20 seeds, and from the converged policy with 10 (there without ofsd). Searches are fewer
+where the interval of their difference lies below 0. No arm is changed or run again afterwards.
+"""
+
+from dataclasses import dataclass
+
+WORLD = dict(questions="micro/train.jsonl", ofsd_batch=8)
+BUDGET = 400_000  # tokens
 
 
 @dataclass
@@ -14,7 +25,7 @@ class Arm:
     train.py's Config, where ofsd_* hold for rft, too."""
 
     stages: str
-    grpo_lr: float = 4e-4
+    grpo_lr: float = 6e-4
     ofsd_lr: float = 6e-4
     ofsd_questions: int = 60
     ofsd_epochs: int = 2
@@ -23,105 +34,96 @@ class Arm:
     model: str = "micro/model"
     budget: int = BUDGET
     falls: bool = True  # GRPO's learning rate, linearly to 0 over the budget
+    clip: str = "none"
+    tau: float = 0.05
 
 
+# Four trials an arm, and three more below, all on one development seed.
 TRIALS = {
-    "grpo": {f"lr{lr:g}": Arm("grpo", lr) for lr in (2e-4, 3e-4, 4e-4, 6e-4, 8e-4, 1.1e-3)},
+    "grpo": {f"lr{lr:g}": Arm("grpo", lr) for lr in (3e-4, 6e-4, 9e-4, 1.3e-3)},
     "search-e1": {
-        "once-30": Arm("grpo 2, ofsd, grpo", ofsd_questions=30, students=4),
-        "once-60": Arm("grpo 2, ofsd, grpo", students=2),
         "one-pair": Arm("grpo 2, ofsd, grpo", ofsd_epochs=4),
-        "twice": Arm("grpo 1, ofsd, grpo 2, ofsd, grpo", ofsd_questions=30, students=4,
-                     ofsd_epochs=1),
-        "fast": Arm("grpo 2, ofsd, grpo", 6e-4, students=2),
-        "fast-30": Arm("grpo 2, ofsd, grpo", 8e-4, ofsd_questions=30, students=2),
+        "three": Arm("grpo 2, ofsd, grpo", students=3),
+        "first": Arm("ofsd, grpo", students=3),
+        "twice": Arm("grpo 1, ofsd, grpo 2, ofsd, grpo", ofsd_questions=40, students=3),
     },
     "ofsd": {
-        "once-30": Arm("ofsd", ofsd_questions=30, students=4),
-        "once-60": Arm("ofsd", students=2),
         "one-pair": Arm("ofsd", ofsd_epochs=4),
-        "wide": Arm("ofsd", students=4),
-        "fast": Arm("ofsd", students=4, ofsd_lr=1e-3),
-        "fast-30": Arm("ofsd", ofsd_questions=30, students=4, ofsd_lr=1e-3),
+        "three": Arm("ofsd", students=3),
+        "fast": Arm("ofsd", students=3, ofsd_lr=1e-3),
+        "small": Arm("ofsd", students=3, ofsd_questions=40),
     },
     "rft": {
-        "once-30": Arm("grpo 2, rft, grpo", ofsd_questions=30, ofsd_epochs=4),
-        "once-60": Arm("grpo 2, rft, grpo", ofsd_epochs=3),
-        "more-passes": Arm("grpo 2, rft, grpo", ofsd_epochs=6),
-        "twice": Arm("grpo 1, rft, grpo 2, rft, grpo", ofsd_questions=30, ofsd_epochs=4),
-        "fast": Arm("grpo 2, rft, grpo", 6e-4, ofsd_epochs=3),
-        "fast-30": Arm("grpo 2, rft, grpo", 8e-4, ofsd_questions=30, ofsd_epochs=4),
+        "four": Arm("grpo 2, rft, grpo", ofsd_epochs=4),
+        "eight": Arm("grpo 2, rft, grpo", ofsd_epochs=8),
+        "first": Arm("rft, grpo", ofsd_epochs=6),
+        "twice": Arm("grpo 1, rft, grpo 2, rft, grpo", ofsd_questions=40, ofsd_epochs=6),
+    },
+}  # fmt: skip
+
+# A second round, after what the first said: fine-tuning gains by more passes, so OFSD may, too.
+# And most of OFSD's divergence stands on few tokens, such as a name that the reference gives away.
+TRIALS_2 = {
+    "grpo": {
+        "lr0.0007": Arm("grpo", 7e-4),
+        "small-batch": Arm("grpo", questions_per_step=8),
+        "large-batch": Arm("grpo", questions_per_step=32),
+    },
+    "search-e1": {
+        "fast": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_epochs=4, students=2),
+        "fast-one": Arm("grpo 1, ofsd, grpo", ofsd_lr=1e-3, ofsd_epochs=8),
+        "first-40": Arm("ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4, students=3),
+    },
+    "ofsd": {
+        "fast-one": Arm("ofsd", ofsd_lr=1e-3, ofsd_epochs=8),
+        "fast-40": Arm("ofsd", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4, students=3),
+        "position": Arm("ofsd", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4, students=3,
+                        clip="position", tau=0.5),
+    },
+    "rft": {
+        "early": Arm("grpo 1, rft, grpo", ofsd_epochs=8),
+        "fast": Arm("grpo 1, rft, grpo", ofsd_lr=1e-3, ofsd_epochs=8),
+        "first-40": Arm("rft, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=8),
     },
 }  # fmt: skip
 
 # The best trial of each arm by the area under its curve.
-BEST = {"grpo": "lr0.0006", "search-e1": "fast-30", "ofsd": "fast-30", "rft": "fast-30"}
-ARMS = {kind: TRIALS[kind][best] for kind, best in BEST.items()}
-
-# A second round. The ablations (below; validation questions) say that one pair of a question is
-# too little: with three students a question a stage does twice as much. Three more trials for
-# each, on two seeds.
-TRIALS_2 = {
-    "grpo": {
-        "lr0.0005": Arm("grpo", 5e-4),
-        "small-batch": Arm("grpo", 6e-4, questions_per_step=8),
-        "large-batch": Arm("grpo", 6e-4, questions_per_step=32),
-    },
-    "search-e1": {
-        "early": Arm("grpo 1, ofsd, grpo", 6e-4, 1e-3, ofsd_questions=30, students=4),
-        "early-twice": Arm("grpo 1, ofsd, ofsd, grpo", 6e-4, 1e-3, ofsd_questions=30, students=4),
-        "wide": Arm("grpo 2, ofsd, grpo", 8e-4, ofsd_epochs=4, students=4),
-    },
-    "rft": {
-        "early": Arm("grpo 1, rft, grpo", 6e-4, 1e-3, ofsd_questions=30, ofsd_epochs=8),
-        "early-twice": Arm("grpo 1, rft, rft, grpo", 6e-4, 1e-3, ofsd_questions=30, ofsd_epochs=8),
-        "wide": Arm("grpo 2, rft, grpo", 8e-4, ofsd_epochs=8),
-    },
-}  # fmt: skip
-
-BEST_2 = {"grpo": "lr0.0005", "search-e1": "early", "rft": "early"}
-ARMS_2 = {kind: {**TRIALS[kind], **TRIALS_2[kind]}[best] for kind, best in BEST_2.items()}
+BEST = {"grpo": "lr0.0006", "search-e1": "first-40", "ofsd": "fast-40", "rft": "first"}
+ARMS = {kind: {**TRIALS[kind], **TRIALS_2[kind]}[best] for kind, best in BEST.items()}
 
 # From a policy that GRPO, its learning rate held, improves no more on the validation questions.
 CONVERGED = "runs/evidence/converged"
-CONVERGE = Arm("grpo", 3e-4, falls=False, budget=1_200_000)
+CONVERGE = Arm("grpo", falls=False, budget=1_200_000)
 AFTER = dict(model=CONVERGED, budget=400_000)
 PLATEAU_TRIALS = {
     "grpo": {f"lr{lr:g}": Arm("grpo", lr, **AFTER) for lr in (1e-4, 3e-4, 6e-4)},
     **{
         kind: {
-            "gentle": Arm(f"{stage}, grpo", 3e-4, ofsd_lr=3e-4, **AFTER),
+            "gentle": Arm(f"{stage}, grpo", 3e-4, 3e-4, **AFTER),
             "as-before": Arm(f"{stage}, grpo", 3e-4, **AFTER),
-            "wide": Arm(f"{stage}, grpo", 3e-4, ofsd_questions=120, **AFTER),
+            "passes": Arm(f"{stage}, grpo", 3e-4, ofsd_epochs=4, **AFTER),
         }
         for kind, stage in (("search-e1", "ofsd"), ("rft", "rft"))
     },
 }  # fmt: skip
-PLATEAU_BEST = {"grpo": "lr0.0001", "search-e1": "wide", "rft": "wide"}
+PLATEAU_BEST = {"grpo": "lr0.0003", "search-e1": "as-before", "rft": "as-before"}
 PLATEAU = {kind: PLATEAU_TRIALS[kind][best] for kind, best in PLATEAU_BEST.items()}
 
-# There the wide stage costs more than the budget: no GRPO follows it. The same again with room for
-# both: the best trials, by final EM, of those that GRPO did follow, and half as much budget again.
-PLATEAU_BEST_2 = {"grpo": "lr0.0001", "search-e1": "gentle", "rft": "as-before"}
-PLATEAU_2 = {
-    kind: replace(PLATEAU_TRIALS[kind][best], budget=600_000)
-    for kind, best in PLATEAU_BEST_2.items()
-}
-
-# One stage of OFSD as the paper has it, one pair a question, from one policy (five gentle steps of
-# GRPO) and one pool a seed; each ablation changes one thing in it.
-ABLATED = Arm("grpo 5, ofsd", 3e-4, ofsd_questions=90, ofsd_epochs=4, budget=10**9)
+# One stage of OFSD as the paper has it, one pair a question, from one policy (two steps of GRPO)
+# and one pool a seed; each ablation changes one thing in it.
+ABLATED = Arm("grpo 2, ofsd", ofsd_questions=120, budget=10**9)
 ABLATIONS = {
     "search-e1": {},
+    "no reference": dict(reference="none"),
     "shuffled reference": dict(reference="shuffled"),
-    "clip entry": dict(clip="entry"),
-    "clip position": dict(clip="position"),
     "random reference": dict(reference="random"),
     "random student": dict(student="random"),
+    "three students": dict(students=3),
+    "clip entry": dict(clip="entry"),
+    "clip position": dict(clip="position"),
     "reverse KL": dict(divergence="reverse_kl"),
     "JSD": dict(divergence="jsd"),
     "queries only": dict(tokens="queries"),
     "reference's queries": dict(reads="queries"),
-    "three students": dict(students=3),
     "fine-tuning": dict(kind="rft"),
 }

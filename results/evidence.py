@@ -2,12 +2,9 @@
 
     python results/evidence.py tune                # trials of every arm, on validation questions
     python results/evidence.py loop                # the arms from the base model, on test questions
-    python results/evidence.py tune-2              # more trials, after what the first showed,
-    python results/evidence.py loop-2              # and the arms again: other test questions, seeds
     python results/evidence.py converge            # a policy that GRPO improves no more
     python results/evidence.py tune-plateau        # trials from there, on validation questions
-    python results/evidence.py plateau             # the arms from there, on test questions
-    python results/evidence.py plateau-2           # again: a budget in which GRPO follows the stage
+    python results/evidence.py plateau             # the arms from there, on other test questions
     python results/evidence.py ablations           # a stage of OFSD, changed in one thing at a time
     python results/evidence.py loop --worker 1/2   # of two processes the first (OMP_NUM_THREADS=1)
     python results/tables.py                       # tables and figures from what these leave
@@ -26,7 +23,8 @@ Cost is the number of tokens processed, forward 1, forward and backward 3:
                        token of the privileged prompt and that response
     fine-tuning (rft)  the pool is sampling; 3 a token of the standard prompt and the reference
 
-Evaluation and statistics (KL to the start, KL by kind of token) cost nothing here, in any arm.
+Evaluation and statistics (KL to the start, KL by kind of token, the edge with another question's
+reference) cost nothing here, in any arm.
 Within a budget both learning rates fall linearly: GRPO's over the budget, an offline stage's over
 the stage.
 """
@@ -46,15 +44,15 @@ from pathlib import Path
 import torch
 
 from arms import (
-    ABLATED, ABLATIONS, ARMS, ARMS_2, CONVERGE, CONVERGED, PLATEAU, PLATEAU_2, PLATEAU_TRIALS,
-    TRIALS, TRIALS_2, WORLD, Arm,
+    ABLATED, ABLATIONS, ARMS, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, TRIALS_2,
+    WORLD, Arm,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import rewards_of, score, supported, teacher_edge  # noqa: E402
+from eval import rewards_of, score, supported  # noqa: E402
 from grpo import (  # noqa: E402
     backward_in_chunks, chunks, clip_and_update, frozen_copy, grpo_step, micro_batches,
     policy_hidden, to_logits, token_logprobs,
@@ -64,7 +62,7 @@ from ofsd import (  # noqa: E402
 )  # fmt: skip
 from retriever import run_script  # noqa: E402
 from rollout import Trajectory, decode, encode, parse_turn  # noqa: E402
-from train import Config, Run  # noqa: E402
+from train import Config, Run, teacher_edge  # noqa: E402
 
 # ---------------------------------------------------------------- a run whose cost is counted
 
@@ -81,13 +79,14 @@ class Counted(Run):
         settings |= WORLD | dict(seed=seed, eval_questions=questions, out=str(folder))
         super().__init__(Config(**settings))
         self.arm, self.name, self.cost, self.waiting = arm, name, 0, []
-        self.next_test, self.tested_at, self.idle_s = arm.budget / 10, -1, 0.0
+        self.next_test, self.tested_at, self.idle_s = arm.budget / 6, -1, 0.0
         self.log("run", "", arm=vars(arm), seed=seed, split=split)
 
     def sample(self, questions: list[dict], **how):
         trajectories = super().sample(questions, **how)
-        self.cost += sum(len(t.response_ids) for t in trajectories)
-        self.cost += sum(len(t.prompt_ids) for t in trajectories[:: how.get("group_size", 1)])
+        if how.get("progress") != "control":
+            self.cost += sum(len(t.response_ids) for t in trajectories)
+            self.cost += sum(len(t.prompt_ids) for t in trajectories[:: how.get("group_size", 1)])
         return trajectories
 
     def log(self, kind: str, stage: str, **metrics) -> dict:
@@ -164,7 +163,7 @@ def grpo(run: Counted, stage: str, steps: int | None) -> None:
         run.log("step", stage, step=step, **stats)
         if run.cost >= run.next_test:
             run.test(stage)
-            run.next_test += run.arm.budget / 10
+            run.next_test += run.arm.budget / 6
 
 
 # ---------------------------------------------------------------- the offline stages
@@ -191,10 +190,10 @@ def offline(run: Counted, kind: str, stage: str) -> None:
     if kind == "rft":
         distil(run, kind, stage, data)
     else:
-        teacher = frozen_copy(run.model)
-        before = kl_by_kind(run.model, teacher, data, run.tokenizer)
+        teacher, some = frozen_copy(run.model), data[:20]
+        before = kl_by_kind(run.model, teacher, some, run.tokenizer)
         distil(run, kind, stage, data, teacher)
-        after = kl_by_kind(run.model, teacher, data, run.tokenizer)
+        after = kl_by_kind(run.model, teacher, some, run.tokenizer)
         run.log("kinds", stage, before=before, after=after)
     run.test(stage)
 
@@ -319,7 +318,7 @@ def kl_by_kind(model, teacher, pairs: list[Pair], tokenizer) -> dict[str, float]
 
 def ablations(name: str, seed: int, split: str) -> None:
     run = Counted(ABLATED, name, seed, split)
-    grpo(run, "grpo-1", 5)
+    grpo(run, "grpo-1", 2)
     run.test("grpo-1")
     questions = run.rng.sample(run.train_set, run.config.ofsd_questions)
     pool = run.sample(questions, group_size=run.config.group_size)
@@ -364,9 +363,11 @@ def altered(run: Counted, questions: list[dict], pool: list, change: dict) -> li
 
 
 def conditioned(run: Counted, pair: Pair, change: dict, pairs: list[Pair]) -> Pair:
-    """A pair whose prompt shows another question's reference, or less of its own; or whose mask is
-    narrower."""
+    """A pair whose prompt shows another question's reference, or less of its own, or none; or whose
+    mask is narrower."""
     tokenizer, asked, shown = run.tokenizer, pair.question["question"], None
+    if change.get("reference") == "none":
+        pair = pair._replace(prompt=pair.student.prompt_ids)
     if change.get("reference") == "shuffled":
         others = [other for other in pairs if other.question["id"] != pair.question["id"]]
         shown = run.rng.choice(others).reference
@@ -420,9 +421,8 @@ def trials(part: str, arms: dict, *seeds: int) -> list[tuple]:
         for kind, those in arms.items()
     ]  # fmt: skip
     plan = [(name, arm) for row in zip(*named, strict=True) for name, arm in row]
-    many = len(seeds) > 1
     return [
-        (run_arm, f"{name}-{seed}" if many else name, arm, seed, "validation")
+        (run_arm, f"{name}-{seed}", arm, seed, "validation")
         for seed in seeds for name, arm in plan
     ]  # fmt: skip
 
@@ -435,14 +435,12 @@ def final(part: str, arms: dict, seeds, split: str = "test") -> list[tuple]:
 # (function, name of the result, further arguments), in the order of the runs
 PARTS = {
     "tune": trials("tune", TRIALS, 100),
-    "loop": final("loop", ARMS, range(10, 18)),
-    "tune-2": trials("tune-2", TRIALS_2, 103, 104),
-    "loop-2": final("loop-2", ARMS_2, range(30, 36), "test-2"),
-    "converge": [(converge, "converge", 101)],
-    "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 102),
-    "plateau": final("plateau", PLATEAU, range(20, 25)),
-    "plateau-2": final("plateau-2", PLATEAU_2, range(40, 45), "test-3"),
-    "ablations": [(ablations, f"ablations/{seed}", seed, "validation") for seed in range(200, 203)],
+    "tune-2": trials("tune-2", TRIALS_2, 100),
+    "loop": final("loop", ARMS, range(10, 30)),
+    "converge": [(converge, "converge", 102)],
+    "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 103),
+    "plateau": final("plateau", PLATEAU, range(40, 50), "test-2"),
+    "ablations": [(ablations, f"ablations/{seed}", seed, "validation") for seed in range(200, 205)],
 }
 
 

@@ -15,9 +15,11 @@ from statistics import mean, median, stdev
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-# t(.975, n - 1) for n
-T = dict(zip(range(2, 11), (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)))
-LEVELS = (0.5, 0.6, 0.7)
+# t(.975, n - 1) for n from 2 to 20
+T = """12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262
+2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101 2.093"""
+T = {n: float(t) for n, t in enumerate(T.split(), start=2)}
+LEVELS = (0.5, 0.6)
 
 
 def read(part: str) -> dict[str, dict[int, list[dict]]]:
@@ -112,14 +114,15 @@ def differences(ours: dict, theirs: dict, value) -> list[float]:
 
 
 def trials(part: str) -> str:
-    keys = "stages grpo_lr ofsd_lr ofsd_questions ofsd_epochs students".split()
+    keys = "stages grpo_lr ofsd_lr ofsd_questions ofsd_epochs students clip".split()
     lines = []
     for name, seeds in read(part).items():
         means = [mean(map(value, seeds.values())) for value in (area, final, searches)]
         arm = seeds[min(seeds)][0]["arm"]
-        lines.append([name, *(f"{value:.3f}" for value in means), *(arm[key] for key in keys)])
+        cells = [f"{value:.3f}" for value in means]
+        lines.append([name, *cells, *(arm.get(key, "none") for key in keys)])
     header = "trial, area, final EM, searches, stages, GRPO lr, offline lr, pool, passes"
-    return table([*header.split(", "), "pairs a question"], lines)
+    return table([*header.split(", "), "pairs a question", "clip"], lines)
 
 
 def stages(part: str, arm: str) -> str:
@@ -131,7 +134,7 @@ def stages(part: str, arm: str) -> str:
         kinds = {row["stage"]: row for row in rows if row["kind"] == "kinds"}
         for row in (row for row in rows if row["kind"] == "mining"):
             stage, cells = row["stage"], [seed, row["stage"], row["pairs"]]
-            edges = "edge", "edge_supported"
+            edges = "edge", "edge_supported", "edge_control"
             cells += [f"{row[name]:+.2f}" if name in row else "" for name in edges]
             if row["skipped"]:
                 lines.append([*cells, "skipped", *[""] * 6])
@@ -143,9 +146,28 @@ def stages(part: str, arm: str) -> str:
                 values = [kinds[stage][when].get(kind, 0) for when in ("before", "after")]
                 cells.append(" → ".join(f"{value:.3f}" for value in values))
             lines.append(cells)
-    header = "seed, stage, pairs, edge, supported edge, EM, searches, leak"
+    header = "seed, stage, pairs, edge, supported, control, EM, searches, leak"
     header += ", KL think, KL query, KL answer, KL tags"
     return table(header.split(", "), lines)
+
+
+def first_stages(part: str) -> str:
+    """The offline stage that an arm begins with: what its first pass and all passes gained and
+    cost, pool and edge aside. Means over seeds."""
+    lines = []
+    for arm, seeds in read(part).items():
+        found = []
+        for rows in seeds.values():
+            start, *tests = evaluations(rows)
+            after = [row for row in tests if row["stage"] in ("ofsd-1", "rft-1")]
+            pool = [row["cost"] for row in tests if row["stage"] in ("pool ofsd-1", "pool rft-1")]
+            for row in after[:1] + after[-1:]:
+                found.append((row["em"] - start["em"], (row["cost"] - pool[0]) / 1000))
+        if found:
+            means = [mean(column) for part in (found[::2], found[1::2]) for column in zip(*part)]
+            formats = "{:+.3f}", "{:.0f}", "{:+.3f}", "{:.0f}"
+            lines.append([arm, *(form.format(x) for form, x in zip(formats, means))])
+    return table("arm, one pass: EM, tokens (K), all passes: EM, tokens (K)".split(", "), lines)
 
 
 def ablations() -> str:
@@ -198,22 +220,18 @@ def ofsd_stages(part: str) -> str:
 VALIDATION = "validation questions"
 SECTIONS = [
     (f"Trials from the base, one development seed, {VALIDATION}", "tune", trials),
+    (f"More trials from the base, the same seed, {VALIDATION}", "tune-2", trials),
     ("From the base", "loop", comparison),
-    (f"Second round of trials, means of two development seeds, {VALIDATION}", "tune-2", trials),
-    ("From the base, second round", "loop-2", comparison),
+    ("The offline stage that an arm begins with, from the base", "loop", first_stages),
     ("Trials from the converged policy", "tune-plateau", trials),
     ("From a policy that GRPO improves no more", "plateau", comparison),
-    ("From there, with a budget in which GRPO follows the stage", "plateau-2", comparison),
     ("Stages of OFSD in search-e1, from the base", "loop", ofsd_stages),
-    ("Stages of OFSD in search-e1, second round", "loop-2", ofsd_stages),
-    ("Stages of OFSD from the converged policy", "plateau", ofsd_stages),
-    ("Stages of OFSD from the converged policy, second round", "plateau-2", ofsd_stages),
+    ("Stages of OFSD in search-e1, from the converged policy", "plateau", ofsd_stages),
     (f"One stage, one thing changed, {VALIDATION}", "ablations", lambda part: ablations()),
 ]
 FIGURES = {
     "loop": "From the base model",
-    "loop-2": "From the base model, second round",
-    "plateau-2": "From a policy that GRPO improves no more",
+    "plateau": "From a policy that GRPO improves no more",
 }
 
 

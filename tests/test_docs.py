@@ -5,8 +5,10 @@ import re
 import runpy
 from statistics import mean
 
+import make
 import mutate
 import pytest
+import tables
 from conftest import ROOT
 from test_readme import (
     README, check_script_and_flags, check_settings, commands, last_table, scripts,
@@ -89,7 +91,7 @@ def test_a_page_opens_with_what_it_answers(name):
 
 def step_lines() -> list[dict[str, float]]:
     """All of GRPO's steps in the logs of the default run."""
-    lines = "".join(text_of(f"results/default/seed{seed}.log") for seed in range(3))
+    lines = "".join(text_of(f"results/default/seed{seed}.log") for seed in range(5))
     rows = re.findall(r"^ +\d+((?: +[-+.\de]+){%d}) +[\d.]+$" % len(COLUMNS), lines, re.M)
     return [dict(zip(COLUMNS, map(float, row.split()))) for row in rows]
 
@@ -112,15 +114,36 @@ def test_what_is_called_healthy_is_so_in_the_default_run():
     assert limited >= 7
 
 
+def test_distillation_ends_repeated_searches():
+    """As the README and the FAQ say it: the last step of GRPO before OFSD, and those after it."""
+    steps = step_lines()
+    runs = [[step["repeats"] for step in steps[i : i + 24]] for i in range(0, len(steps), 24)]
+    assert len(runs) == 5 and all(1 / 8 < run[11] < 1 / 2 for run in runs)
+    assert max(max(run[12:]) for run in runs) < 0.12 and "it is below .12" in PAGES["faq"]
+
+
 def test_the_figure_is_drawn_from_the_logs():
     """It holds the numbers that it was drawn from. If not: python results/default/figure.py"""
     drawn = runpy.run_path(str(ROOT / "results/default/figure.py"))["values"]()
-    for seed in range(3):
+    for seed in range(5):
         log = last_table(seed)
         assert [*drawn[f"seed{seed}"]] == [*log]
         for stage, (em, searches) in drawn[f"seed{seed}"].items():
             assert (em, searches) == (float(log[stage][0]), float(log[stage][5]))
     assert json.dumps(drawn).encode() in (ROOT / "results/default/figure.png").read_bytes()
+
+
+def test_the_mechanism_is_drawn_and_told_as_it_was_measured():
+    """If not: python results/mechanism.py"""
+    told = json.loads(text_of("results/mechanism.json"))
+    assert json.dumps(told).encode() in (ROOT / "results/mechanism.png").read_bytes()
+    page, word = re.sub(r"\s+", " ", text_of("results/README.md")), told["kl"]["word searched with"]
+    share, part = (f"{100 * word[name]:.0f} %" for name in ("share", "of_tokens"))
+    mean_kl = f"{word['mean']:.2f}".removeprefix("0")
+    told_so = f"{part} of the policy's tokens and carry {share} of the divergence, {mean_kl} nats"
+    assert told_so in page
+    assert max(kl["mean"] for kl in told["kl"].values() if kl is not word) < 0.09
+    assert len(told["em"]) == 20 and all(before < after for before, after in told["em"].values())
 
 
 # ---------------------------------------------------------------- numbers of one page
@@ -161,19 +184,40 @@ def test_the_mutants_are_counted():
 
 
 def test_the_micro_world_is_as_it_is_told():
-    page, check = PAGES["micro-world"], json.loads(text_of("results/default/check.json"))
-    lines = {
-        name: len(text_of(f"micro/{name}.jsonl").splitlines())
-        for name in ("corpus", "train", "validation", "test")
+    page = re.sub(r"\s+", " ", PAGES["micro-world"])
+    sets = "corpus", "train", "validation", "test"
+    lines = {name: text_of(f"micro/{name}.jsonl").splitlines() for name in sets}
+    corpus, train, validation, test = map(len, lines.values())
+    titles = {json.loads(line)["title"] for line in lines["corpus"]}
+    assert f"{len(titles)} invented" in page and f"{corpus:,} in all" in page
+    assert f"{train:,} to train on, {validation} for validation, and {test} to test" in page
+    (sentence,) = re.findall(r'"(\w+ \w+ is [^"]*)"', page)
+    assert sentence in text_of("micro/corpus.jsonl") and sentence in make.__doc__.replace("\n", " ")
+    count = sum(phase.count for phase in make.PHASES)
+    privileged = sum(phase.count * phase.privileged for phase in make.PHASES)
+    assert f"on {count:,} demonstrations" in page and 0.62 < privileged / count < 2 / 3
+    parameters = (ROOT / "micro/model/model.safetensors").stat().st_size / 4e6  # float32
+    assert f"{parameters:.1f} million parameters" in page
+
+
+def test_the_micro_model_can_do_what_the_page_says():
+    check = json.loads(text_of("results/default/check.json"))
+    ems = {
+        "greedily": check["greedy"],
+        "sampled": check["sampled"],
+        "sampled, on the questions that have a pair": check["standard"]["em"],
+        "the same, with its own reference in the privileged prompt": check["own_reference"]["em"],
+        "with another question's": check["anothers_reference"]["em"],
+        "with another's that shares no relation": check["anothers_sharing_no_relation"]["em"],
+        "with a retriever that finds nothing": check["nothing_found"],
     }
-    assert f"{lines['corpus']:,} invented" in page and f"{lines['train']:,} to train on" in page
-    assert f"{lines['validation']} for validation" in page and f"{lines['test']}" in page
-    ems = [cells[0] for cells in cells_of(page).values() if re.fullmatch(r"\.\d+|0", cells[0])]
-    names = "greedy", "sampled", "student_em", "teacher_em"
-    assert ems == [*(f"{check[name]:.3f}".removeprefix("0") for name in names), "0"]
-    assert check["nothing_found"] == 0 and f"{check['pairs']} questions" in page
-    assert check["edge"] == check["edge_supported"]
-    assert f"{check['edge']:.3f}".removeprefix("0") in page
+    shown = [(name, cells) for name, cells in cells_of(PAGES["micro-world"]).items()]
+    written = [(name, [f"{em:.3f}".removeprefix("0")]) for name, em in ems.items()]
+    assert shown[2:] == written  # after the head of the table
+    edge = f"{check['own_reference']['em'] - check['standard']['em']:.3f}".removeprefix("0")
+    page = re.sub(r"\s+", " ", PAGES["micro-world"])
+    assert f"edge is thus {edge}" in page and f"of which {check['pairs']} gave a pair" in page
+    assert check["nothing_found"] < 0.05
 
 
 def test_what_was_seen_of_a_real_model_is_what_the_logs_say():
@@ -216,11 +260,24 @@ def test_what_was_seen_of_smollm2_on_a_cpu_is_what_the_files_say():
     assert "teacher's edge +0.667 EM, supported +0.000" in log and "edge of +.667" in page
 
 
-def test_the_learning_rates_are_those_of_the_evidence():
-    trials, first = text_of("results/evidence.md").split("\n## ")[1:3]
-    rows, final = cells_of(trials), cells_of(first)["grpo"][3].split()[0].removeprefix("0")
-    faq, teaching = (re.sub(r"\s+", " ", PAGES[name]) for name in ("faq", "teaching"))
-    for trial, rate in (("0.0002", "2e-4"), ("0.0006", "6e-4"), ("0.0011", "1.1e-3")):
-        assert f"{rows[f'grpo-lr{trial}'][1].removeprefix('0')} with {rate}" in faq
-    assert f"at {rows['grpo-lr0.0006'][1].removeprefix('0')} on the seed" in teaching
-    assert f"mean of {final} on eight" in teaching
+def test_what_is_said_of_the_trials_is_what_the_evidence_says():
+    """Trials on one seed; and what their best gave on the seeds of the comparison."""
+    sections = {part.split("\n")[0]: part for part in text_of("results/evidence.md").split("\n## ")}
+    trials = cells_of("".join(text for title, text in sections.items() if "rials" in title))
+    loop = cells_of(sections["From the base"])
+    short = lambda cell: cell.split()[0].removeprefix("0")  # noqa: E731
+    pages = {name: re.sub(r"\s+", " ", PAGES[name]) for name in ("faq", "teaching")}
+    for trial, rate in (("0.0003", "3e-4"), ("0.0006", "6e-4"), ("0.0013", "1.3e-3")):
+        assert f"{short(trials[f'grpo-lr{trial}'][1])} with {rate}" in pages["faq"]
+    assert f"mean of {short(loop['grpo'][3])} with 6e-4" in pages["faq"]
+    assert f"ended at {short(trials['search-e1-first-40'][1])} on the seed" in pages["teaching"]
+    assert f"mean of {short(loop['search-e1'][3])} on twenty" in pages["teaching"]
+    page = re.sub(r"\s+", " ", text_of("EXERCISES.md"))
+    rates = ("3e-4", "6e-4", "7e-4", "9e-4", "1.3e-3")
+    rows = [trials[f"grpo-lr{float(rate):g}"] for rate in rates]
+    areas = [f"{short(row[0])} ({rate})" for row, rate in zip(rows, rates)]
+    finals = [short(row[1]) for row in rows]
+    for cells in (areas, finals):
+        assert f"{', '.join(cells[:-1])} and {cells[-1]}" in page
+    ends = sorted(f"{tables.final(rows):.3f}" for rows in tables.read("loop")["grpo"].values())
+    assert f"between {short(ends[0])} and {short(ends[-1])}" in page

@@ -109,13 +109,43 @@ def last_table(seed: int) -> dict[str, list[str]]:
     return {stage: cells.split() for stage, cells in rows}
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", range(5))
 def test_the_default_runs_are_those_of_the_logs(seed):
     log = last_table(seed)
     row = re.search(rf"^\| {seed} \| (.*) \|$", README, re.M)[1].split(" | ")
     stages = "base", "grpo-1", "ofsd-1", "grpo-2", "ofsd-2"
-    assert row[:5] == [log[stage][0].removeprefix("0") for stage in stages]
-    assert row[5] == f"{log['grpo-1'][5]}, {log['ofsd-2'][5]}"
+    assert row == [log[stage][0].removeprefix("0") for stage in stages]
+
+
+def test_what_is_said_of_the_stages_is_what_the_logs_say():
+    """The README's ranges over five seeds, and each cell of the table in results/README.md."""
+    logs = [last_table(seed) for seed in range(5)]
+    of = lambda stage, column: [float(log[stage][column]) for log in logs]  # noqa: E731
+    gains = {
+        number: [b - a for a, b in zip(of(f"grpo-{number}", 0), of(f"ofsd-{number}", 0))]
+        for number in (1, 2)
+    }
+    assert min(b - a for a, b in zip(of("base", 0), of("ofsd-2", 0))) > 0.30
+    span = [f"{100 * end:.0f}" for end in (min(gains[1]), max(gains[1]), max(gains[2]))]
+    text = re.sub(r"\s+", " ", README)
+    assert "first by {} to {} points, the second by up to {}.".format(*span) in text
+    assert min(gains[2]) >= 0
+    assert all(round(n, 1) == 2 for stage in logs[0] if stage != "base" for n in of(stage, 5))
+    better, worse = of("ofsd-1", 7), [-control for control in of("ofsd-1", 9)]
+    for values, end in ((better, "better than the student"), (worse, "worse")):
+        assert f".{100 * min(values):.0f} to .{100 * max(values):.0f} {end}" in text
+    assert better == of("ofsd-1", 8) and of("ofsd-2", 7) == of("ofsd-2", 8)  # all is supported
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    short = lambda cell: cell.replace("0.", ".", 1)  # noqa: E731
+    for seed, log in enumerate(logs):
+        cells = [short(log["base"][0])]
+        for number in "12":
+            before, after = log[f"grpo-{number}"], log[f"ofsd-{number}"]
+            cells.append(f"{short(after[7])}, {short(after[9])}")
+            cells.append(f"{short(before[0])}, {short(after[0])}")
+        assert f"| {seed} | {' | '.join(cells)} |" in page
+    means = (sum(gains[number]) / 5 for number in (1, 2))
+    assert "by {:.3f} on the mean, the second by {:.3f}".format(*means).replace("0.", ".") in page
 
 
 def test_the_output_shown_is_that_of_seed_0():
@@ -128,9 +158,9 @@ def test_the_output_shown_is_that_of_seed_0():
 
 def test_the_evidence_is_that_of_the_tables():
     """The row of each arm in results/README.md, cell by cell."""
-    text = tables.comparison("loop-2")
+    text = tables.comparison("loop")
     page = (ROOT / "results/README.md").read_text(encoding="utf-8")
-    for arm in ("grpo", "rft", "search-e1"):
+    for arm in ("grpo", "ofsd", "rft", "search-e1"):
         lines = text.splitlines()
         cells = next(line for line in lines if line.startswith(f"| {arm} ")).split("|")
         rows = [line for line in page.splitlines() if line.startswith("| ")]

@@ -61,7 +61,7 @@ def shown_lengths(tokenizer, lengths, room):
     passages = [Passage("0", "", "!" * (length - 4)) for length in lengths]
     # The line is "- : !!!", and each character is a token of its own.
     assert [len(encode(tokenizer, f"- : {passage.text}")) for passage in passages] == lengths
-    head, newline, tail = [198, 1294, 198], 198, [1295, 198]
+    head, newline, tail = [198, 1027, 198], 198, [1028, 198]
     ids = observation_ids(tokenizer, passages, room + len(head) + len(lengths) + len(tail))
     assert ids[:3] == head and ids[-2:] == tail
     ends = [i for i, token in enumerate(ids) if token == newline and 3 <= i < len(ids) - 2]
@@ -229,30 +229,30 @@ def scripted(tokenizer, turns_by_question, index, k=3, budget=512, **kwargs):
 def test_one_trajectory_written_out(tokenizer):
     """Text and ids are literals here: none of the functions under test has made them."""
     prompt = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-    prompt_ids = [1289, 1271, 198, 305, 30, 1287, 198, 1289, 1283, 198]
+    prompt_ids = [1022, 998, 198, 507, 30, 1020, 198, 1022, 1019, 198]
     first = "<think> hm</think>\n<search> Ada</search>"
-    first_ids = [1290, 220, 71, 76, 1291, 198, 1292, 220, 32, 67, 64, 1293]
+    first_ids = [1023, 378, 76, 1024, 198, 1025, 220, 32, 67, 64, 1026]
     seen = "\n<information>\n- Ada: a poet\n- Ida: an heir\n</information>\n"
     seen_ids = [
-        198, 1294, 198,
-        12, 220, 32, 67, 64, 25, 361, 220, 79, 78, 392, 198,
-        12, 375, 67, 64, 25, 302, 220, 336, 308, 198,
-        1295, 198,
+        198, 1027, 198,
+        12, 220, 32, 67, 64, 25, 270, 315, 78, 319, 198,
+        12, 269, 67, 64, 25, 270, 77, 220, 320, 303, 198,
+        1028, 198,
     ]  # fmt: skip
     last = "<answer> a poet</answer>"
-    last_ids = [1296, 361, 220, 79, 78, 392, 1297]
+    last_ids = [1029, 270, 315, 78, 319, 1030]
     response_ids = first_ids + seen_ids + last_ids
     assert tokenizer.decode(prompt_ids + response_ids) == prompt + first + seen + last
 
     passages = [Passage("0", "Ada", "a poet"), Passage("1", "Ida", "an heir")]
     retriever = SimpleNamespace(search=lambda queries, k: [passages for _ in queries])
-    model = Scripted({tuple(prompt_ids): response_ids}, vocabulary=1298)
+    model = Scripted({tuple(prompt_ids): response_ids}, vocabulary=1031)
     row = rollout(model, tokenizer, retriever, ["Who?"], seed=0)[0]
     assert row.prompt_ids == prompt_ids
     assert row.response_ids == response_ids
-    assert row.loss_mask == [1] * 12 + [0] * 27 + [1] * 7
-    # The script gives its token a logit of 20, and the other 1297 words one of -20.
-    assert row.logprobs == pytest.approx([0.0] * 46, abs=1e-6)
+    assert row.loss_mask == [1] * 11 + [0] * 27 + [1] * 6
+    # The script gives its token a logit of 20, and the other 1030 words one of -20.
+    assert row.logprobs == pytest.approx([0.0] * 44, abs=1e-6)
     assert (row.question, row.queries, row.passages) == ("Who?", ["Ada"], [passages])
     assert (row.answer, row.finish_reason) == ("a poet", "answer")
 
@@ -597,7 +597,7 @@ def test_under_autocast_keys_and_values_are_kept_in_bfloat16(micro, micro_index,
 
     monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(rollout_module, "RowCache", cache)
-    rows = rollout(*micro, micro_index, ["Who is Hunik Labs's founder?"], group_size=2, seed=0)
+    rows = rollout(*micro, micro_index, ["Who is the founder of Vurus Works?"], group_size=2, seed=0)
     assert len(caches[0].store) == 2 * micro[0].config.num_hidden_layers
     assert {kept.dtype for kept in caches[0].store.values()} == {torch.bfloat16}
     assert largest_gap(micro[0], rows) < 0.25  # as on a GPU

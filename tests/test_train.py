@@ -5,13 +5,13 @@ import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, line_of, read, run_main, steps_of
 from transformers import AutoModelForCausalLM
 
-import eval as eval_module
 import make
 import ofsd as ofsd_module
 import train as train_module
@@ -20,9 +20,9 @@ from grpo import (
     frozen_copy, group_advantages, grpo_loss, grpo_step, policy_hidden, response_logits,
     token_logprobs,
 )  # fmt: skip
-from ofsd import Pair, ofsd_step, spans
-from retriever import BadInput, open_index
-from rollout import Trajectory, load_model, rollout
+from ofsd import Pair, ofsd_step, privileged_prompt, spans
+from retriever import BadInput, Passage, open_index
+from rollout import Trajectory, decode, encode, load_model, rollout
 from tools import start
 from train import Config, train
 
@@ -48,7 +48,8 @@ def test_a_short_run_writes_what_it_promises(small_run):
     evals = [row for row in rows if row["kind"] == "eval"]
     for row in evals:
         assert {"em", "f1", "searches", "answered", "n", "em_by"} <= row.keys() and row["n"] == 6
-    assert evals[-1]["edge_supported"] == mining["edge_supported"]
+    for name in ("edge", "edge_supported", "edge_control"):
+        assert evals[-1][name] == mining[name]
     told = [row["kind"] for row in read(small_run, "trajectories.jsonl")]
     assert told.count("eval") == 18 and told.count("pair") == mining["pairs"]
     assert json.loads((small_run / "config.json").read_text())["grpo_steps"] == 2
@@ -273,15 +274,51 @@ def test_ofsd_step_gives_the_same_gradient_for_any_micro_batch_size(micro, batch
 
 
 def test_a_stage_without_supported_edge_says_so_and_is_skipped(tmp_path, monkeypatch, capsys):
-    scores = iter([{"em": 0.5, "em_supported": 0.2}, {"em": 0.3, "em_supported": 0.2}])
-    monkeypatch.setattr(eval_module, "score", lambda *_: next(scores))  # teacher, then student
+    edge = {"edge": 0.2, "edge_supported": 0.0, "edge_control": 0.1}
+    monkeypatch.setattr(train_module, "teacher_edge", lambda run, pairs: edge)
     folder = train(replace(SMALL, out=str(tmp_path / "run"), force_ofsd=False))
-    assert "no supported edge" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no supported edge" in printed and "edge_control +0.100" in printed
     rows = read(folder, "metrics.jsonl")
     mining = next(row for row in rows if row["kind"] == "mining")
-    assert mining["skipped"] and mining["edge_supported"] == 0
-    assert mining["edge"] == pytest.approx(0.2)
+    assert mining["skipped"] and edge.items() <= mining.items()
     assert not steps_of(folder, "ofsd-1")
+
+
+def test_the_edge_is_the_teachers_and_its_control_reads_the_next_pairs_reference(tokenizer):
+    """Answers of a policy that is right under some prompts: the teacher's for all of four
+    questions, one of them without support; the control's for one; the student's for two."""
+    pairs, right = [], {"student": {1, 2}, "teacher": {0, 1, 2, 3}, "control": {3}}
+    for number in range(4):
+        reference = Trajectory("", [1], queries=["it"], passages=[[]])
+        ids = encode(tokenizer, f"<answer> {number}{'0' * 40 * (number == 1)}")
+        reference.extend(ids, [0.0] * len(ids))
+        question = {"id": str(number), "question": f"Who is {number}?", "golden_answers": ["a b"]}
+        prompt = privileged_prompt(tokenizer, question["question"], reference, 1000)
+        pairs.append(Pair(question, reference, reference, prompt, []))
+    seen, found = {}, [[Passage("p", "", "a b")]]
+
+    def sample(questions, *, prompts, progress):
+        seen[progress] = prompts
+        assert questions == [pair.question for pair in pairs]
+        answers = ["a b" if i in right[progress] else "" for i in range(4)]
+        shown = [found if i else [] for i in range(4)]
+        return [Trajectory("", [1], answer=a, passages=p) for a, p in zip(answers, shown)]
+
+    room = len(pairs[2].prompt) + 5  # the second pair's reference is too long
+    run = SimpleNamespace(tokenizer=tokenizer, sample=sample)
+    run.config = SimpleNamespace(max_privileged_tokens=room)
+    edge = train_module.teacher_edge(run, pairs)
+    assert edge == {"edge": 0.5, "edge_supported": 0.25, "edge_control": -0.25}
+    assert seen["student"] is None and seen["teacher"] == [pair.prompt for pair in pairs]
+    expected = [
+        privileged_prompt(tokenizer, pairs[i].question["question"], pairs[j].reference, room)
+        for i, j in ((0, 1), (1, 2), (2, 3), (3, 0))
+    ]  # fmt: skip
+    assert expected[0] is None and None not in expected[1:]
+    assert seen["control"] == [pairs[0].prompt, *expected[1:]]
+    decoded = decode(tokenizer, seen["control"][3])
+    assert "Who is 3?" in decoded and "<answer> 0" in decoded
 
 
 # ---------------------------------------------------------------- the command

@@ -1,4 +1,4 @@
-"""The default run's EM and searches after each stage, three seeds: figure.png, from seed*.log.
+"""The default run's EM and searches after each stage, five seeds: figure.png, from seed*.log.
 
     python results/default/figure.py    # it wants matplotlib (requirements-extra.txt)
 """

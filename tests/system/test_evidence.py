@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import evidence
+import mechanism
 import pytest
 import tables
 import torch
@@ -43,8 +44,6 @@ def quick(monkeypatch):
         self.test_set = self.test_set[:4]
 
     monkeypatch.setattr(evidence.Counted, "__init__", few)
-    # With answers to learn from at once.
-    monkeypatch.setitem(evidence.WORLD, "questions", "micro/train.jsonl")
 
 
 @pytest.mark.parametrize("kind", ["ofsd", "rft"])
@@ -56,7 +55,7 @@ def test_cost_is_the_tokens_that_the_models_saw(here, quick, monkeypatch, kind):
 
     def sampled(model, tokenizer, retriever, questions, **how):
         rows = sample(model, tokenizer, retriever, questions, **how)
-        if how.get("temperature") != 0.0:
+        if how.get("temperature") != 0.0 and how.get("progress") != "control":
             seen["sampled"] += sum(len(t.response_ids) for t in rows)
             seen["sampled"] += sum(len(t.prompt_ids) for t in rows[:: how.get("group_size", 1)])
         return rows
@@ -229,6 +228,8 @@ def test_a_condition_changes_what_it_names_and_nothing_else(tokenizer, reference
     shown = evidence.queries_only(tokenizer, reference)
     assert reads.prompt == privileged_prompt(tokenizer, "Who?", shown, 1000) != whole
     assert same(reads._replace(prompt=whole), pair)
+    nothing = evidence.conditioned(run, pair, {"reference": "none"}, pairs)
+    assert nothing.prompt == pair.student.prompt_ids and same(nothing._replace(prompt=whole), pair)
     narrow = evidence.conditioned(run, pair, {"tokens": "queries"}, pairs)
     assert narrow.student.loss_mask == evidence.query_mask(tokenizer, reference)
     assert narrow.prompt == whole and narrow.reference is reference
@@ -272,6 +273,20 @@ def test_kinds_of_tokens(tokenizer):
     assert names[-3:] == ["tag", "answer", "tag"] and len(names) == sum(made.loss_mask)
 
 
+def test_kinds_of_a_pairs_tokens():
+    """As a run logs them: the policy's have a divergence, the environment's have none."""
+    text = "<think>| It| is| Bevor| Bridge|.|</think>|\n|<search>| Bevor| Bridge| mayor| warded"
+    text += "|</search>|\n<information>| Bevor| Bridge|<answer>| Kegon| Sawyer|</answer>"
+    tokens = text.split("|")
+    written = tokens.index("\n<information>")
+    values = [None if written <= i < written + 3 else 0.5 for i in range(len(tokens))]
+    kinds = mechanism.kinds_of({"divergence": [*zip(tokens, values)]}, {"Bevor", "Bridge"})
+    thought = ["tag", "thought", "thought", *["name in a thought"] * 2, "thought", "tag", "tag"]
+    query = ["tag", *["name in a query"] * 2, "relation in a query", "word searched with", "tag"]
+    assert kinds == [*thought, *query, "", "", "", "tag", "answer", "answer", "tag"]
+    assert {*kinds} - {""} == {*mechanism.KINDS}
+
+
 def run_of(points, budget=100):
     arm = {"budget": budget}
     head = [{"kind": "run", "arm": arm, "seed": 0}]
@@ -302,6 +317,7 @@ def test_every_ablation_runs_and_starts_from_the_same_policy(here, quick, monkey
         if row["kind"] == "step" and row["step"] == 1:
             first[row["stage"]] = row["loss"]
     del first["grpo-1"]
+    assert abs(first["no reference"]) < 1e-6  # the teacher reads what the student reads
     tested = {row["stage"] for row in rows if row["kind"] == "eval"}
     assert first.keys() == evidence.ABLATIONS.keys() == tested - {"grpo-1"}
     # These may see the same batch.

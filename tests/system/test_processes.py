@@ -19,8 +19,8 @@ LESSONS = {  # the file: a line of its lesson
     "retriever.py": "Your own: python retriever.py --corpus FILE WORDS",
     "rollout.py": "Sampled by the policy (loss_mask 1), written by the environment (loss_mask 0):",
     "eval.py": "Your own: python eval.py --help",
-    "grpo.py": "last two columns say: up for the right ones, down for the wrong ones.",
-    "ofsd.py": ".1; the environment's words have none.",
+    "grpo.py": "two columns say: up for the right ones, down for the wrong ones.",
+    "ofsd.py": ".05; the environment's words have none.",
 }
 
 
