@@ -258,7 +258,7 @@ class RemoteRetriever:
     """A server that speaks Search-R1's protocol, in place of an index: it is sent {"queries",
     "topk", "return_scores"}, and answers {"result": [[{"document": {"contents"}, "score"}, ...]]}.
     An attempt may take `timeout` seconds. If no answer comes, or status 429 or 5xx, `retries` more
-    follow, after pause, 2 pause, 4 pause, ... seconds. BadInput: they did not help, or cannot."""
+    follow, after pause, 2 pause, 4 pause, ... seconds. BadInput is raised where that is no help."""
 
     def __init__(self, url: str, timeout: float = 60.0, retries: int = 3, pause: float = 1.0):
         if not re.fullmatch(URL, url):

@@ -38,7 +38,7 @@ class Arm:
     tau: float = 0.05
 
 
-# Four trials an arm, and three more below, all on one development seed.
+# Each arm has four trials here and three more below, all on one development seed.
 TRIALS = {
     "grpo": {f"lr{lr:g}": Arm("grpo", lr) for lr in (3e-4, 6e-4, 9e-4, 1.3e-3)},
     "search-e1": {
@@ -61,8 +61,8 @@ TRIALS = {
     },
 }  # fmt: skip
 
-# A second round, after what the first said: fine-tuning gains by more passes, so OFSD may, too.
-# And most of OFSD's divergence stands on few tokens, such as a name that the reference gives away.
+# This second round follows what the first said: fine-tuning gains by more passes, so OFSD may, too.
+# And single tokens of OFSD have a very large divergence, so one trial caps it.
 TRIALS_2 = {
     "grpo": {
         "lr0.0007": Arm("grpo", 7e-4),
@@ -87,7 +87,7 @@ TRIALS_2 = {
     },
 }  # fmt: skip
 
-# The best trial of each arm by the area under its curve.
+# These were the best trials, by the area under the curve.
 BEST = {"grpo": "lr0.0006", "search-e1": "first-40", "ofsd": "fast-40", "rft": "first"}
 ARMS = {kind: {**TRIALS[kind], **TRIALS_2[kind]}[best] for kind, best in BEST.items()}
 
@@ -106,6 +106,7 @@ PLATEAU_TRIALS = {
         for kind, stage in (("search-e1", "ofsd"), ("rft", "rft"))
     },
 }  # fmt: skip
+# Not chosen yet: these stand here until the trials have run, and before any test question is read.
 PLATEAU_BEST = {"grpo": "lr0.0003", "search-e1": "as-before", "rft": "as-before"}
 PLATEAU = {kind: PLATEAU_TRIALS[kind][best] for kind, best in PLATEAU_BEST.items()}
 

@@ -1,6 +1,7 @@
 """Evidence: does distillation between stages of GRPO pay, at equal cost, and why?
 
     python results/evidence.py tune                # trials of every arm, on validation questions
+    python results/evidence.py tune-2              # more trials, after what the first showed
     python results/evidence.py loop                # the arms from the base model, on test questions
     python results/evidence.py converge            # a policy that GRPO improves no more
     python results/evidence.py tune-plateau        # trials from there, on validation questions
