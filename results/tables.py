@@ -171,7 +171,8 @@ def first_stages(part: str) -> str:
 
 
 def ablations() -> str:
-    """EM after a stage's last pass, less EM before it, by variant: mean over seeds, and each."""
+    """EM after a stage's last pass, less EM before it, by variant: mean over seeds, that less the
+    mean of the unchanged stage, and each seed."""
     found: dict[str, list] = {}
     for seeds in read("ablations").values():
         for rows in seeds.values():
@@ -180,16 +181,19 @@ def ablations() -> str:
             last = {row["stage"]: row for row in evaluations(rows)}  # after its last pass
             for variant, counts in mined.items():
                 found.setdefault(variant, []).append((last[variant], start, counts))
-    lines = []
+    lines, unchanged = [], []
     for variant, runs in found.items():
         gain = lambda name: [row[name] - start[name] for row, start, _ in runs]
-        edges = [mined["edge"] for *_, mined in runs if "edge" in mined]
+        ems, edges = gain("em"), [mined["edge"] for *_, mined in runs if "edge" in mined]
+        unchanged = unchanged or ems  # the first variant is search-e1
+        paired = [em - other for em, other in zip(ems, unchanged, strict=True)]
         lines.append([
-            variant, f"{mean(gain('em')):+.3f}", " ".join(f"{em:+.3f}" for em in gain("em")),
-            f"{mean(edges):+.2f}" if edges else "", f"{mean(gain('searches')):+.2f}",
-            f"{mean(gain('leak')):+.3f}",
+            variant, f"{mean(ems):+.3f}", "" if ems is unchanged else plus_minus(paired, "+"),
+            " ".join(f"{em:+.3f}" for em in ems), f"{mean(edges):+.2f}" if edges else "",
+            f"{mean(gain('searches')):+.2f}", f"{mean(gain('leak')):+.3f}",
         ])  # fmt: skip
-    return table(["variant", "EM gained", "each seed", "edge", "searches", "leak"], lines)
+    header = "variant, EM gained, to search-e1, each seed, edge, searches, leak"
+    return table(header.split(", "), lines)
 
 
 def figure(part: str, title: str) -> None:

@@ -50,11 +50,12 @@ def test_the_table_counts_the_tokens_before_each_test(monkeypatch, capsys):
     assert [line[-1] for line in lines] == ["0", f"{spent / 1000:.0f}"]
 
 
-@pytest.mark.parametrize("arm", run.ARMS)
-def test_both_arms_have_the_settings_of_the_recipe(arm):
-    config = run.settings(arm, seed=3)
-    assert config.seed == 3 and config.prompt == run.SETTINGS.prompt
-    assert config.ofsd == (arm == "search-e1") and config.out.endswith(f"{arm}-3")
+@pytest.mark.parametrize("machine", run.PLANS)
+def test_both_arms_have_the_settings_of_the_recipe(machine):
+    for arm in "search-e1", "grpo":
+        config = run.settings(machine, arm, seed=3)
+        assert config.seed == 3 and config.prompt == run.PLANS[machine].settings.prompt
+        assert config.ofsd == (arm == "search-e1") and config.out.endswith(f"{machine}/{arm}-3")
 
 
 def test_what_it_does_not_know_is_one_line(monkeypatch, capsys):

@@ -1,12 +1,14 @@
 """SmolLM2-135M learns to search: real questions, real passages, and the same cost for each arm.
 
-    python results/real/run.py data path/to/sets          # questions and passages; seconds
-    python results/real/run.py start smollm2/model        # demonstrations, and the policies' start
-    python results/real/run.py train search-e1 0          # an arm and a seed; stopped, it resumes
-    python results/real/run.py train grpo 0
-    python results/real/run.py pilot fast grpo_lr=2e-5    # what the settings were chosen by
-    python results/real/run.py hops start search-e1-0     # the second test, read once at the end
-    python results/real/run.py table runs/real/*-0        # what their logs say, stage by stage
+    python results/real/run.py data path/to/sets            # questions and passages; seconds
+    python results/real/run.py start cpu smollm2/model      # demonstrations, and the arms' start
+    python results/real/run.py train cpu search-e1 0        # an arm and a seed; stopped, it resumes
+    python results/real/run.py train cpu grpo 0
+    python results/real/run.py pilot cpu fast grpo_lr=2e-5  # to choose settings by
+    python results/real/run.py hops cpu start search-e1-0   # the second test, read once at the end
+    python results/real/run.py table runs/real/cpu/*-0      # what their logs say, stage by stage
+
+In place of "cpu", "gpu" is the same at full length; PLANS below has both.
 
 data wants a folder with SET/questions.jsonl.gz and SET/corpus.jsonl.gz, in the form that README.md
 describes. Questions that one passage answers come from nq, triviaqa, popqa and squad. Of each set
@@ -14,14 +16,14 @@ describes. Questions that one passage answers come from nq, triviaqa, popqa and 
 passages of the four sets are one corpus. Questions of several hops come from hotpotqa and
 2wikimultihopqa, 200 of each, and are searched in these two sets' passages.
 
-Everything is written to runs/real/. gpu/ beside this file holds the logs of a run on
-one H200 that was cut off after five minutes, before OFSD (docs/real-models.md).
+Everything is written to runs/real/. cpu/ and gpu/ beside this file hold the logs of what was run;
+docs/real-models.md tells what they say.
 """
 
 import json
 import random
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,12 +42,25 @@ from train import Config, read_settings  # noqa: E402
 DATA = ROOT / "runs/real"
 SINGLE = "nq", "triviaqa", "popqa", "squad"
 SEVERAL = "hotpotqa", "2wikimultihopqa"
-SETTINGS = read_settings(ROOT / "configs/smollm2-135m.json")
 LIMITS = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_tokens"
-ARMS = {
-    "search-e1": {},
-    # As many trajectories as Search-E1's: what its two OFSD stages sample, and more.
-    "grpo": {"ofsd": False, "rounds": 1, "grpo_steps": 40},
+
+
+@dataclass
+class Plan:
+    """What differs between the two machines."""
+
+    config: str  # a file of configs/
+    demonstrations: int  # for the start
+    alone: int  # steps of GRPO alone: as many tokens as Search-E1 samples in its four stages
+
+    @property
+    def settings(self) -> Config:
+        return read_settings(ROOT / "configs" / self.config)
+
+
+PLANS = {
+    "cpu": Plan("smollm2-135m-cpu.json", 96, 44),
+    "gpu": Plan("smollm2-135m.json", 400, 40),
 }
 
 
@@ -70,6 +85,7 @@ def data(folder: str) -> None:
         parts["test"] += rows[:100]
         parts["validation"] += rows[100:125]
         parts["train"] += rows[125:]
+    random.Random(1).shuffle(parts["test"])  # so that the first 200 are of all four sets
     for name, rows in parts.items():
         write(f"{name}.jsonl", rows)
     several = []
@@ -82,35 +98,38 @@ def data(folder: str) -> None:
         write(f"{name}.jsonl", passages)
 
 
-def start_model(model: str) -> None:
-    """400 demonstrations, the same for all arms and seeds."""
-    names = "prompt", "k", "max_searches", "max_observation_tokens"
-    flags = [f"--{name.replace('_', '-')}={getattr(SETTINGS, name)}" for name in names]
+def start_model(machine: str, model: str) -> None:
+    """Demonstrations, the same for all arms and seeds."""
+    names, made = ("prompt", "k", "max_searches", "max_observation_tokens"), PLANS[machine].settings
+    flags = [f"--{name.replace('_', '-')}={getattr(made, name)}" for name in names]
     sys.argv = [
         "start.py", "--model", model, "--questions", str(DATA / "train.jsonl"),
-        "--corpus", str(DATA / "corpus.jsonl"), "--out", str(DATA / "start"),
-        "--count", "400", "--batch", "8", *flags,
+        "--corpus", str(DATA / "corpus.jsonl"), "--out", str(DATA / machine / "start"),
+        "--count", str(PLANS[machine].demonstrations), "--batch", "8", *flags,
     ]  # fmt: skip
     start.main()
 
 
-def settings(arm: str, seed: int) -> Config:
+def settings(machine: str, arm: str, seed: int) -> Config:
+    plan, folder = PLANS[machine], DATA / machine
+    arms = {"search-e1": {}, "grpo": {"ofsd": False, "rounds": 1, "grpo_steps": plan.alone}}
     files = {"questions": "train", "eval_questions": "test", "corpus": "corpus"}
     paths = {key: str(DATA / f"{name}.jsonl") for key, name in files.items()}
-    paths |= {"model": str(DATA / "start"), "out": str(DATA / f"{arm}-{seed}")}
-    return replace(SETTINGS, seed=seed, **paths, **ARMS[arm])
+    paths |= {"model": str(folder / "start"), "out": str(folder / f"{arm}-{seed}")}
+    return replace(plan.settings, seed=seed, **paths, **arms[arm])
 
 
-def train_arm(arm: str, seed: str) -> None:
-    run_counted(settings(arm, int(seed)))
+def train_arm(machine: str, arm: str, seed: str) -> None:
+    run_counted(settings(machine, arm, int(seed)))
 
 
-def pilot(name: str, *changes: str) -> None:
+def pilot(machine: str, name: str, *changes: str) -> None:
     """A short run, tested on the validation questions, with settings such as grpo_lr=2e-5."""
     values = {key: json.loads(value) for key, value in (change.split("=") for change in changes)}
-    test = {"eval_questions": str(DATA / "validation.jsonl"), "out": str(DATA / f"pilot-{name}")}
-    short = {"rounds": 1, "grpo_steps": 10, "ofsd": False}
-    run_counted(replace(settings("search-e1", 100), **test, **short | values))
+    out = str(DATA / machine / f"pilot-{name}")
+    short = {"rounds": 1, "grpo_steps": 10, "ofsd": False, "eval_limit": 0}
+    test = {"eval_questions": str(DATA / "validation.jsonl"), "out": out}
+    run_counted(replace(settings(machine, "search-e1", 100), **test, **short | values))
 
 
 def run_counted(config: Config) -> None:
@@ -132,17 +151,18 @@ def counted(rollout, log: Path, *args, progress: str = "", **how):
     return found
 
 
-def hops(*names: str) -> None:
+def hops(machine: str, *names: str) -> None:
     """Test models of runs/real/ on the questions of several hops."""
-    how = {name: getattr(SETTINGS, name) for name in LIMITS} | {"batch_size": 200}
+    made = PLANS[machine].settings
+    how = {name: getattr(made, name) for name in LIMITS} | {"batch_size": 200}
     questions = load_questions(str(DATA / "hops.jsonl"))
     index = open_index(str(DATA / "hops-corpus.jsonl"))
     for name in names:
-        folder = DATA / name / "model"
-        model, tokenizer = load_model(str(folder if folder.exists() else DATA / name))
+        folder = DATA / machine / name / "model"
+        model, tokenizer = load_model(str(folder if folder.exists() else folder.parent))
         row = evaluate(model, tokenizer, index, questions, progress=name, **how)
         print(json.dumps({"model": name, **row}))
-        with open(DATA / "hops-results.jsonl", "a") as file:
+        with open(DATA / machine / "hops.jsonl", "a") as file:
             file.write(json.dumps({"model": name, **row}) + "\n")
 
 
