@@ -106,9 +106,27 @@ PLATEAU_TRIALS = {
         for kind, stage in (("search-e1", "ofsd"), ("rft", "rft"))
     },
 }  # fmt: skip
+# In that round no stage of OFSD ran: among the 16 pairs of the one development seed the teacher had
+# no edge, so Search-E1's three trials are one and the same. Larger pools give more pairs.
+PLATEAU_TRIALS_2 = {
+    "grpo": {
+        "lr0.0002": Arm("grpo", 2e-4, **AFTER),
+        "large-batch": Arm("grpo", 3e-4, questions_per_step=32, **AFTER),
+    },
+    **{
+        kind: {
+            "large": Arm(f"{stage}, grpo", 3e-4, ofsd_questions=120, students=3, **AFTER),
+            "large-fast": Arm(f"{stage}, grpo", 3e-4, 1e-3, 120, 4, students=3, **AFTER),
+        }
+        for kind, stage in (("search-e1", "ofsd"), ("rft", "rft"))
+    },
+}  # fmt: skip
 # Not chosen yet: these stand here until the trials have run, and before any test question is read.
 PLATEAU_BEST = {"grpo": "lr0.0003", "search-e1": "as-before", "rft": "as-before"}
-PLATEAU = {kind: PLATEAU_TRIALS[kind][best] for kind, best in PLATEAU_BEST.items()}
+PLATEAU = {
+    kind: {**PLATEAU_TRIALS[kind], **PLATEAU_TRIALS_2[kind]}[best]
+    for kind, best in PLATEAU_BEST.items()
+}  # fmt: skip
 
 # One stage of OFSD as the paper has it, one pair a question, from one policy (two steps of GRPO)
 # and one pool a seed; each ablation changes one thing in it.

@@ -5,6 +5,7 @@
     python results/evidence.py loop                # the arms from the base model, on test questions
     python results/evidence.py converge            # a policy that GRPO improves no more
     python results/evidence.py tune-plateau        # trials from there, on validation questions
+    python results/evidence.py tune-plateau-2      # more trials, with larger pools
     python results/evidence.py plateau             # the arms from there, on other test questions
     python results/evidence.py ablations           # a stage of OFSD, changed in one thing at a time
     python results/evidence.py loop --worker 1/2   # of two processes the first (OMP_NUM_THREADS=1)
@@ -45,8 +46,8 @@ from pathlib import Path
 import torch
 
 from arms import (
-    ABLATED, ABLATIONS, ARMS, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, TRIALS, TRIALS_2,
-    WORLD, Arm,
+    ABLATED, ABLATIONS, ARMS, CONVERGE, CONVERGED, PLATEAU, PLATEAU_TRIALS, PLATEAU_TRIALS_2,
+    TRIALS, TRIALS_2, WORLD, Arm,
 )  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -440,6 +441,7 @@ PARTS = {
     "loop": final("loop", ARMS, range(10, 30)),
     "converge": [(converge, "converge", 102)],
     "tune-plateau": trials("tune-plateau", PLATEAU_TRIALS, 103),
+    "tune-plateau-2": trials("tune-plateau-2", PLATEAU_TRIALS_2, 103),
     "plateau": final("plateau", PLATEAU, range(40, 50), "test-2"),
     "ablations": [(ablations, f"ablations/{seed}", seed, "validation") for seed in range(200, 205)],
 }

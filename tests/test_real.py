@@ -42,6 +42,7 @@ def test_no_question_is_in_two_parts(tmp_path, monkeypatch, capsys):
 
 def test_the_table_counts_the_tokens_before_each_test(monkeypatch, capsys):
     folder = "results/real/gpu/search-e1-0"
+    assert [row["em"] for row in run.tests_of(ROOT / folder)] == [0.285, 0.305]
     status, out, _ = run_here(monkeypatch, capsys, run.main, "run.py", "table", folder)
     header, *lines = (line.split() for line in out.strip().splitlines())
     costs = [json.loads(line) for line in (ROOT / folder / "cost.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@
     python results/real/run.py pilot cpu fast grpo_lr=2e-5  # to choose settings by
     python results/real/run.py hops cpu start search-e1-0   # the second test, read once at the end
     python results/real/run.py table runs/real/cpu/*-0      # what their logs say, stage by stage
+    python results/real/run.py figure cpu.png runs/real/cpu/*-0     # the same as a picture
 
 In place of "cpu", "gpu" is the same at full length; PLANS below has both.
 
@@ -51,6 +52,7 @@ class Plan:
 
     config: str  # a file of configs/
     demonstrations: int  # for the start
+    batch: int  # of these, for an update
     alone: int  # steps of GRPO alone: as many tokens as Search-E1 samples in its four stages
 
     @property
@@ -59,8 +61,8 @@ class Plan:
 
 
 PLANS = {
-    "cpu": Plan("smollm2-135m-cpu.json", 96, 44),
-    "gpu": Plan("smollm2-135m.json", 400, 40),
+    "cpu": Plan("smollm2-135m-cpu.json", 32, 4, 37),
+    "gpu": Plan("smollm2-135m.json", 400, 8, 40),
 }
 
 
@@ -100,12 +102,12 @@ def data(folder: str) -> None:
 
 def start_model(machine: str, model: str) -> None:
     """Demonstrations, the same for all arms and seeds."""
-    names, made = ("prompt", "k", "max_searches", "max_observation_tokens"), PLANS[machine].settings
-    flags = [f"--{name.replace('_', '-')}={getattr(made, name)}" for name in names]
+    plan, names = PLANS[machine], ("prompt", "k", "max_searches", "max_observation_tokens")
+    flags = [f"--{name.replace('_', '-')}={getattr(plan.settings, name)}" for name in names]
     sys.argv = [
         "start.py", "--model", model, "--questions", str(DATA / "train.jsonl"),
         "--corpus", str(DATA / "corpus.jsonl"), "--out", str(DATA / machine / "start"),
-        "--count", str(PLANS[machine].demonstrations), "--batch", "8", *flags,
+        "--count", str(plan.demonstrations), "--batch", str(plan.batch), *flags,
     ]  # fmt: skip
     start.main()
 
@@ -166,27 +168,62 @@ def hops(machine: str, *names: str) -> None:
             file.write(json.dumps({"model": name, **row}) + "\n")
 
 
+def tests_of(folder: Path) -> list[dict]:
+    """The tests of a run, each with its interval, and with "tokens": what the training before it
+    had sampled and read, in thousands."""
+    costs = list(read_jsonl(folder / "cost.jsonl"))
+    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if row["kind"] == "eval"]
+    for row in rows:
+        where = [cost["for"] for cost in costs].index(f"test {row['stage']}")
+        spent = sum(c["tokens"] for c in costs[:where] if not c["for"].startswith("test"))
+        row |= {"tokens": spent / 1000, "interval": interval(row["em"], row["n"])}
+    return rows
+
+
 def table(*folders: str) -> None:
-    """A line for each test of these runs: tokens is what the training before it had sampled and
-    read, in thousands; the edge is the teacher's, before that stage."""
+    """A line for each test of these runs; the edges are the teacher's, before that stage."""
     rows = []
     for folder in map(Path, folders):
-        costs = list(read_jsonl(folder / "cost.jsonl"))
-        tests = [row for row in read_jsonl(folder / "metrics.jsonl") if row["kind"] == "eval"]
-        for row in tests:
-            where = [cost["for"] for cost in costs].index(f"test {row['stage']}")
-            spent = sum(c["tokens"] for c in costs[:where] if not c["for"].startswith("test"))
-            between = "{:.3f}-{:.3f}".format(*interval(row["em"], row["n"]))
+        for row in tests_of(folder):
+            between = "{:.3f}-{:.3f}".format(*row["interval"])
             columns = {"run": folder.name, "stage": row["stage"], "EM": row["em"], "95 %": between}
             columns |= {"F1": row["f1"], "searches": row["searches"], "answered": row["answered"]}
-            edges = {name: row.get(name, "") for name in ("edge", "edge_supported")}
-            rows.append(columns | edges | {"tokens": f"{spent / 1000:.0f}"})
+            names = "edge", "edge_supported", "edge_control"
+            columns |= {name: row.get(name, "") for name in names}
+            rows.append(columns | {"tokens": f"{row['tokens']:.0f}"})
     print_table(rows)
+
+
+def figure(out: str, *folders: str) -> None:
+    """EM of the tests with its interval, and the searches, against the tokens: a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    picture, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for number, folder in enumerate(map(Path, folders)):
+        rows = tests_of(folder)
+        tokens, em = [row["tokens"] for row in rows], [row["em"] for row in rows]
+        reach = [[abs(row["em"] - row["interval"][end]) for row in rows] for end in (0, 1)]
+        look = {"marker": "o", "color": f"C{number}", "label": folder.name}
+        panels[0].errorbar(tokens, em, yerr=reach, capsize=3, **look)
+        panels[1].plot(tokens, [row["searches"] for row in rows], **look)
+        for row in rows[1:]:
+            where = row["tokens"], row["em"]
+            panels[0].annotate(row["stage"], where, xytext=(5, 5), textcoords="offset points")
+    panels[0].set(ylabel="exact match, test questions", ylim=(0, None))
+    panels[1].set(ylabel="searches a question", ylim=(0, 2))
+    for axes in panels:
+        axes.set(xlabel="tokens sampled and read in training, thousands")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    picture.savefig(out, dpi=110)
 
 
 PARTS = {
     "data": data, "start": start_model, "pilot": pilot, "train": train_arm, "hops": hops,
-    "table": table,
+    "table": table, "figure": figure,
 }  # fmt: skip
 
 
