@@ -41,8 +41,8 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 def exact_match(prediction: str | None, golden_answers: list[str]) -> float:
-    """1.0 if the normalised prediction is one of the golden answers (a list), normalised. None is
-    wrong, and so is what nothing is left of: "The" never counts (SQuAD's script gives it 1).
+    """1.0 if the prediction equals one of the golden answers, all normalised. None is wrong, and so
+    is a prediction that normalises to nothing: "The" scores 0 (by SQuAD's script it can score 1).
 
     >>> exact_match("the Beatles!", ["Rolling Stones", "Beatles"])
     1.0
@@ -97,7 +97,7 @@ def score(questions: list[dict], trajectories: list[Trajectory]) -> dict:
     }
 
 def batch_stats(trajectories: list[Trajectory], rewards) -> dict[str, float]:
-    """Means over a batch of GRPO. rewards: a tensor (Q, G); zero_var: share of equal groups."""
+    """Means over a batch of GRPO. rewards: (Q, G). zero_var: share of groups of equal rewards."""
     return {
         "reward": rewards.mean().item(),
         "zero_var": (rewards == rewards[:, :1]).all(dim=1).float().mean().item(),
@@ -135,7 +135,7 @@ def print_results(results: dict[str, dict]) -> None:
     for name, row in results.items():
         between = "{:.3f}-{:.3f}".format(*interval(row["em"], row["n"]))
         columns = {"set": name, "EM": row["em"], "95 %": between, "F1": row["f1"]}
-        rows.append(columns | {name: row[name] for name in ("searches", "answered", "n")})
+        rows.append(columns | {key: row[key] for key in ("searches", "answered", "n")})
     for part, sets in ("single-hop", SINGLE_HOP), ("multi-hop", MULTI_HOP), ("average", BENCHMARKS):
         if ems := [results[name]["em"] for name in sets if name in results]:
             rows.append(dict.fromkeys(rows[0], "") | {"set": part, "EM": mean(ems)})
@@ -205,7 +205,7 @@ def report(folder: Path, evaluations: list[dict]) -> None:
     print_table(rows)
 
     told = [row for row in read_jsonl(folder / "trajectories.jsonl") if row["kind"] == "eval"]
-    # A question that became right, by the most searches; else one that did not change.
+    # told[:n] is the first test, and told[-n:] the last. One that became right, by most searches.
     gain = lambda both: (both[1]["em"] - both[0]["em"], len(both[1]["queries"]))
     for title, row in zip(("before", "after"), max(zip(told[:n], told[-n:]), key=gain)):
         text = "".join(text for _, text in row["text"]).strip()

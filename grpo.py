@@ -17,9 +17,9 @@ Equations (R_i: reward of trajectory i of B; y_it: its token t; m_it: loss_mask;
 mean advantage: 0 at equal lengths. The gradient of l_it, -A_i times that of log pi(y_it), is not.
 
 Deviations from the paper (Search-E1, arXiv 2605.22511)
-    1. beta is 0, where Search-R1, whose recipe it follows, has .001. pi_ref is the first policy.
-    2. The paper does not state its normalisation. We train by `token`: one division a batch,
-       so the gradient does not depend on the size of the micro-batches.
+    1. beta is 0; Search-R1, whose recipe the paper follows, has .001. pi_ref is the first policy.
+    2. The paper does not state its normalisation. Training takes `token` (the others are here to
+       compare): one division a batch, so the size of the micro-batches changes no gradient.
     3. If beta is 0, trajectories with A = 0 have no gradient. Their forward pass is skipped, but
        their tokens stay in the divisor. Statistics are of the others; kl is of one micro-batch.
 
@@ -110,10 +110,10 @@ def grpo_step(model, ref_model, optimizer, trajectories, rewards: torch.Tensor, 
     loss = partial(chunk_loss, config=config, num_tokens=num_tokens)
 
     # 2. Keep what has a gradient. If nothing has, a few still tell the statistics.
-    pairs = zip(trajectories, advantages, strict=True)
-    sampled = [(t, A) for t, A in pairs if any(t.loss_mask)]
+    weighed = zip(trajectories, advantages, strict=True)
+    sampled = [(t, A) for t, A in weighed if any(t.loss_mask)]
     batch = [(t, A) for t, A in sampled if A or config.kl_coef] or sampled[: config.micro_batch]
-    parts = micro_batches(batch, config.micro_batch, lambda pair: len(pair[0].response_ids))
+    parts = micro_batches(batch, config.micro_batch, lambda item: len(item[0].response_ids))
 
     (rank, ranks), stats = rank_and_ranks(), []
     for i in range(rank, len(parts), ranks):
@@ -123,8 +123,8 @@ def grpo_step(model, ref_model, optimizer, trajectories, rewards: torch.Tensor, 
             (token, logprob, A) for t, A in parts[i]
             for token, logprob, m in zip(t.response_ids, t.logprobs, t.loss_mask, strict=True) if m
         ]  # fmt: skip
-        tensors = [torch.tensor(column, device=model.device) for column in zip(*tokens)]
-        ids = tensors[0]  # (N,); then old_logprobs and advantages, in the order of chunk_loss
+        ids, old_logprobs, A = (torch.tensor(x, device=model.device) for x in zip(*tokens))
+        tensors = [ids, old_logprobs, A]  # (N,) each, in the order of chunk_loss
         # 4. pi_ref's log-probabilities. If they only serve the statistic kl, those of the middle
         #    micro-batch are enough (micro-batches are sorted by length).
         if config.kl_coef or i == len(parts) // 2:
@@ -223,7 +223,7 @@ def backward_in_chunks(model, loss, hidden: torch.Tensor, *tensors: torch.Tensor
     return stats
 
 def frozen_copy(model):
-    """A copy that is never trained. On a GPU it is in bfloat16: half the memory, a kl above 0."""
+    """A copy that is never trained. On a GPU it is rounded to bfloat16, so kl begins above 0."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     return frozen.bfloat16() if model.device.type == "cuda" else frozen
 

@@ -1,15 +1,15 @@
 """OFSD, offline self-distillation: the policy learns from itself, when shown a better attempt.
 
-Of K trajectories the right one of fewest searches is the reference; a wrong one, or if all are
-right the most different one, is corrected. The policy plays two parts. The teacher, frozen, reads
-the reference; the student does not, and is pulled to what the teacher would say at each token.
+Of K trajectories the correct one with the fewest searches is the reference. The one that differs
+most from it, a wrong one if there is any, is corrected. The policy plays two parts: the teacher,
+frozen, reads the reference; the student does not, and is pulled to the teacher at each token.
 
 Equations (q question, y_ref reference, y_stu the student's trajectory, m_t its loss_mask)
 
     p_T(. | t) = pi_frozen( . | P_T(q, y_ref), y_stu[:t])      the privileged prompt, no gradient
     p_S(. | t) = pi_theta ( . | P_S(q),        y_stu[:t])      the standard prompt
     loss       = sum_t m_t D(p_T || p_S) / sum_t m_t           over all pairs of an update
-    forward_kl : D = sum_v d_v,  d_v = p_T(v) log(p_T(v) / p_S(v))     gradient by logits p_S - p_T
+    forward_kl : D = sum_v d_v,  d_v = p_T(v) log(p_T(v) / p_S(v))    gradient in logits: p_S - p_T
     reverse_kl : D = sum_v d_v,  d_v = p_S(v) log(p_S(v) / p_T(v))
     jsd        : D = sum_v d_v,  d_v = (p_T log(p_T / p_M) + p_S log(p_S / p_M)) / 2,  p_M the mean
     clip entry    : sum_v min(d_v, tau). This is the paper's. It can be below 0, and by forward_kl
@@ -17,7 +17,7 @@ Equations (q question, y_ref reference, y_stu the student's trajectory, m_t its 
     clip position : w_t D, w_t = min(1, tau / D) without gradient. It keeps each D's direction.
     LoRA          : W x + 2 B A x in each linear layer of the decoder; 2 is alpha / r.
 
-The loss falls when the student agrees with the teacher, right or wrong: watch the teacher's edge.
+The loss falls when the student agrees with the teacher, right or wrong: watch the edge (train.py).
 
 Deviations from the paper (Search-E1, arXiv 2605.22511)
     1. The default clip is none, since entry can reverse the correction. The paper's tau is not
@@ -84,8 +84,8 @@ def mine_pair(trajectories: list[Trajectory], rewards) -> tuple[Trajectory, Traj
     return reference, student
 
 def mine_pairs(model, tokenizer, questions, trajectories, rewards, max_tokens: int):
-    """Pairs and counts, from trajectories and their rewards, question by question in one list. A
-    privileged prompt has at most max_tokens, and leaves room for the response in the context."""
+    """Pairs, and counts of questions: no_correct (no answer is right), no_contrast (all are right
+    and search alike), too_long (the prompt exceeds max_tokens, or the context with a response)."""
     pairs, counts = [], dict(pairs=0, no_correct=0, no_contrast=0, too_long=0)
     size = len(trajectories) // len(questions)
     for i, question in enumerate(questions):
@@ -102,7 +102,7 @@ def mine_pairs(model, tokenizer, questions, trajectories, rewards, max_tokens: i
     return pairs, counts
 
 def privileged_prompt(tokenizer, question: str, reference: Trajectory, max_tokens: int):
-    """P_T(q, y_ref) as token ids: the standard prompt and the reference in one user turn, then
+    """P_T(q, y_ref) as token ids: the standard prompt and the reference in one user message, then
     the assistant's header, as after the standard prompt. If that is longer than max_tokens, the
     reference's observations are cut, the longest first. None if even that does not fit."""
     write = partial(privileged_ids, tokenizer, question, reference)
@@ -236,7 +236,7 @@ class LoRA(torch.nn.Module):
         return y + 2 * (x.to(self.A.dtype) @ self.A.T @ self.B.T).to(y.dtype) if LoRA.on else y
 
 def trainable(model, lora_rank: int, lr: float) -> torch.optim.AdamW:
-    """The optimizer of what is trained: all weights, or adapters if a rank is given."""
+    """Add adapters to the model if a rank is given. Returns the optimizer of what is trained."""
     if lora_rank:
         add_adapters(model, lora_rank)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

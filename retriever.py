@@ -1,6 +1,6 @@
 """BM25 in numpy: the search engine that the policy queries.
 
-A passage, with its title, is a bag of lower-cased words. A query is scored against each of them,
+A passage, with its title, is a bag of lower-cased words. A query is scored against every passage,
 and the best k come back. An object with search(queries, k) -> list[list[Passage]] can replace it.
 
 Equations (Lucene's BM25, which has no constant factor k1 + 1; k1 = 0.9, b = 0.4 as in Anserini)
@@ -51,7 +51,7 @@ class Passage:
     text: str
     score: float = 0.0
 
-WORD = r"\w[\w\u0307]*"  # the lower case of "İ" is an i and the dot U+0307, which is no \w
+WORD = r"\w[\w\u0307]*"  # "İ" in lower case is an i and the dot U+0307, which \w does not match
 
 def words(text: str) -> list[str]:
     """The words of a text, in lower case. There is no stemming and no stop list.
@@ -125,11 +125,11 @@ class BM25:
         common = df > size / 20  # (W,)
         self.column_of = np.where(common, np.cumsum(common) - 1, -1)  # (W,) -1: none
         in_column = common[word]  # (P,)
-        self.columns = np.zeros((common.sum(), size), np.float32)
+        self.columns = np.zeros((common.sum(), size), np.float32)  # (C, N) C common words
         self.columns[self.column_of[word[in_column]], docs[in_column]] = impacts[in_column]
-        self.docs, self.impacts = docs[~in_column], impacts[~in_column]
+        self.docs, self.impacts = docs[~in_column], impacts[~in_column]  # (R,) the other postings
         self.starts = np.concatenate([[0], np.cumsum(np.where(common, 0, df))])  # (W + 1,)
-        self.vocabulary, self.source = vocabulary, source
+        self.vocabulary, self.source = vocabulary, source  # source: the corpus file's checksum
         self.words = np.array(" ".join(vocabulary).encode())  # as it is saved
         self.texts, self.ends = np.frombuffer(texts, np.uint8), np.array(ends)
 
@@ -344,6 +344,6 @@ def main() -> None:
         print(f"{passage.score:.4f}  {text}")
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:  # the lesson takes seconds to import
+    if not sys.argv[1:]:  # slow to import; its BadInput is not __main__'s, so it brings run_script
         from micro.lessons import retriever_lesson as main, run_script
     run_script(main)

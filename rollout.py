@@ -123,8 +123,8 @@ def rollout(
     bar = tqdm(total=len(trajectories), desc=progress, disable=not progress or None, leave=False)
 
     for first in range(0, len(trajectories), size):
-        # The cache reads each prompt once, and its group shares it. Throughout, the cache lacks
-        # the last token of each row: the forward pass that reads it gives the next one's logits.
+        # A row is a trajectory, and its place in the cache. Each prompt is read once for its group.
+        # The cache always lacks a row's last token: to read it gives the logits of the next one.
         rows = [row for row in trajectories[first : first + size] if not row.finish_reason]
         cache = RowCache(model)
         if rows:
@@ -178,9 +178,9 @@ def end_turn(row: Trajectory, text: str, stops, max_searches: int, max_turn_toke
     kind, content = parse_turn(text) or ("", "")
     if kind == "answer":
         row.answer, row.finish_reason = content, "answer"
-    elif kind and len(row.queries) >= max_searches:
+    elif kind == "search" and len(row.queries) >= max_searches:
         row.finish_reason = "searches"
-    elif kind:
+    elif kind == "search":
         row.queries.append(content)
     elif row.response_ids[-1] in stops:
         row.finish_reason = "eos"
@@ -195,7 +195,7 @@ def standard_prompt(tokenizer, question: str) -> str:
     return template.replace("{question}", neutralise(question, tokenizer))
 
 def chat_ids(tokenizer, content: str) -> list[int]:
-    """Token ids of one user turn, up to where the assistant's answer begins."""
+    """Token ids of one user message, up to where the assistant's answer begins."""
     if tokenizer.chat_template is None:
         bos = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
         return bos[:1] + encode(tokenizer, content + "\n")
@@ -239,7 +239,7 @@ def markup(tokenizer, tags: tuple[str, ...]) -> re.Pattern:
 
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of a piece of text."""
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no lone surrogates
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 def decode(tokenizer, ids: list[int]) -> str:
@@ -257,7 +257,7 @@ def sample(logits: torch.Tensor, temperature: float, generator=None) -> tuple[li
         level = torch.rand(len(logits), 1, device=logits.device, generator=generator)  # (n, 1)
         # right=True: the first token whose sum exceeds the level, so none of probability 0.
         chosen = torch.searchsorted(cumulative, level * cumulative[:, -1:], right=True)  # (n, 1)
-        chosen = chosen.clamp(max=logits.shape[1] - 1)
+        chosen = chosen.clamp(max=logits.shape[1] - 1)  # rounding may lead behind the last word
     else:
         chosen = logprobs.argmax(dim=-1, keepdim=True)  # (n, 1)
     values = logprobs.gather(1, chosen)[:, 0].tolist()
@@ -294,7 +294,7 @@ class RowCache(Cache):
             output = self.model(
                 input_ids=torch.tensor(padded, device=device),  # (n, S)
                 attention_mask=mask,  # (n, 1, S, used)
-                position_ids=self.slots.clamp(max=context_length(self.model) - 1),
+                position_ids=self.slots.clamp(max=context_length(self.model) - 1),  # for padding
                 past_key_values=self, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
         self.lengths[:n] = [length + len(chunk) for length, chunk in zip(self.lengths, chunks)]

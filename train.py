@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from eval import batch_stats, load_mixture, load_questions, report, rewards_of, score
+from eval import batch_stats, exact_match, load_mixture, load_questions, report, rewards_of, score
 from grpo import check_training, frozen_copy, gather, grpo_step, rank_and_ranks
 from ofsd import Pair, merge_adapters, mine_pairs, ofsd_step, privileged_prompt, spans
 from ofsd import token_divergences, trainable
@@ -104,7 +104,7 @@ class Config:
             span = ("at least" if "zero" in limits else "above") + " 0 and below 2**32"
             wanted = limits.get("choices", span if item.type in (int, float) else "any")
             good = type(value) is item.type or (item.type, type(value)) == (float, int)
-            if good and wanted is span:
+            if good and item.type in (int, float):
                 good = 0 < value < 2**32 or value == 0 and "zero" in limits
             if not good or value not in limits.get("choices", [value]):
                 raise BadInput(f"{item.name} must be {kind}, {wanted}, not {value!r}")
@@ -161,8 +161,8 @@ def grpo_stage(run: "Run", number: int) -> None:
         #    and training must agree on log-probabilities: a gap in the column logprob_gap is a bug.
         past = ((number - 1) * config.grpo_steps + step - 1) / (config.rounds * config.grpo_steps)
         optimizer.param_groups[0]["lr"] = config.grpo_lr * (1 - past)
-        given = run.model, run.ref_model, optimizer, trajectories, rewards, config
-        updates = [grpo_step(*given) for _ in range(config.updates)]
+        updates = [grpo_step(run.model, run.ref_model, optimizer, trajectories, rewards, config)
+                   for _ in range(config.updates)]  # fmt: skip
         stats = updates[-1] | {"logprob_gap": updates[0]["logprob_gap"]}
         stats["grad_norm"] = sum(one["grad_norm"] for one in updates) / config.updates
 
@@ -218,7 +218,7 @@ def mine_stage(run: "Run", stage: str) -> tuple[list[Pair], dict]:
         print("the teacher's " + ", ".join(f"{name} {gain:+.3f}" for name, gain in edge.items()))
     skipped = not pairs or not (config.force_ofsd or edge["edge_supported"] > 0)
     if skipped:
-        print("no pair to learn from, or no supported edge: this stage is skipped (--force-ofsd)")
+        print("skipped: no " + ("supported edge (--force-ofsd)" if pairs else "pair to learn from"))
     run.log("mining", stage, **counts, **edge, skipped=skipped, mining_s=time.time() - began)
     for number, pair in enumerate(pairs):  # to look at; the first twenty token by token
         values = token_divergences(run.model, pair) if number < 20 else []
@@ -304,9 +304,9 @@ class Run:
         trajectories = self.sample(self.test_set, temperature=0.0, progress=f"test {stage}")
         row = self.log("eval", stage, **score(self.test_set, trajectories), **edge)
         self.evaluations.append(row)
-        ems = rewards_of(self.test_set, trajectories)
-        for question, t, em in zip(self.test_set, trajectories, ems):
-            told = {"em": em, "golden_answers": question["golden_answers"], **self.as_json(t)}
+        for question, t in zip(self.test_set, trajectories):
+            golden = question["golden_answers"]
+            told = {"em": exact_match(t.answer, golden), "golden_answers": golden} | self.as_json(t)
             self.append("trajectories.jsonl", "eval", stage, id=question["id"], **told)
         if self.rank == 0:
             save_model(self.model, self.tokenizer, self.folder / "model")
@@ -376,7 +376,7 @@ class Run:
             self.evaluations = saved["evaluations"]
             self.began -= saved["time_s"]
             self.rng.setstate(saved["rng"])
-            if not saved["step"]:  # else resume_stage does it, when it has added adapters
+            if not saved["step"]:  # else resume_stage does it, once trainable() has added adapters
                 self.model.load_state_dict(saved["model"])
         for path in self.folder.glob("*.jsonl") if self.rank == 0 else ():
             os.truncate(path, min(path.stat().st_size, saved["sizes"].get(path.name, 0)))

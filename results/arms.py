@@ -106,7 +106,7 @@ PLATEAU_TRIALS = {
         for kind, stage in (("search-e1", "ofsd"), ("rft", "rft"))
     },
 }  # fmt: skip
-# In that round no stage of OFSD ran: among the 16 pairs of the one development seed the teacher had
+# In that round no stage of OFSD ran: among the 32 pairs of the one development seed the teacher had
 # no edge, so Search-E1's three trials are one and the same. Larger pools give more pairs.
 PLATEAU_TRIALS_2 = {
     "grpo": {

@@ -53,7 +53,7 @@ class Plan:
     config: str  # a file of configs/
     demonstrations: int  # for the start
     batch: int  # of these, for an update
-    alone: int  # steps of GRPO alone: as many tokens as Search-E1 samples in its four stages
+    alone: dict  # settings of GRPO alone
 
     @property
     def settings(self) -> Config:
@@ -61,8 +61,10 @@ class Plan:
 
 
 PLANS = {
-    "cpu": Plan("smollm2-135m-cpu.json", 32, 4, 37),
-    "gpu": Plan("smollm2-135m.json", 400, 8, 40),
+    # GRPO's stages alone. That costs what Search-E1 has cost after its first round.
+    "cpu": Plan("smollm2-135m-cpu.json", 32, 4, {"ofsd": False}),
+    # As many tokens as Search-E1 samples in all.
+    "gpu": Plan("smollm2-135m.json", 400, 8, {"ofsd": False, "rounds": 1, "grpo_steps": 40}),
 }
 
 
@@ -114,7 +116,7 @@ def start_model(machine: str, model: str) -> None:
 
 def settings(machine: str, arm: str, seed: int) -> Config:
     plan, folder = PLANS[machine], DATA / machine
-    arms = {"search-e1": {}, "grpo": {"ofsd": False, "rounds": 1, "grpo_steps": plan.alone}}
+    arms = {"search-e1": {}, "grpo": plan.alone}
     files = {"questions": "train", "eval_questions": "test", "corpus": "corpus"}
     paths = {key: str(DATA / f"{name}.jsonl") for key, name in files.items()}
     paths |= {"model": str(folder / "start"), "out": str(folder / f"{arm}-{seed}")}
