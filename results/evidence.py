@@ -33,6 +33,7 @@ the stage.
 
 import argparse
 import copy
+import json
 import os
 import random
 import re
@@ -62,7 +63,7 @@ from grpo import (  # noqa: E402
 from ofsd import (  # noqa: E402
     Pair, divergences, mine_pairs, ofsd_step, privileged_prompt, spans, trainable,
 )  # fmt: skip
-from retriever import run_script  # noqa: E402
+from retriever import read_jsonl, run_script  # noqa: E402
 from rollout import Trajectory, decode, encode, parse_turn  # noqa: E402
 from train import Config, Run, teacher_edge  # noqa: E402
 
@@ -115,9 +116,12 @@ class Counted(Run):
         self.log("eval", stage, **self.metrics)
 
     def finish(self) -> None:
+        """Keep the tests and what was mined. The single steps stay in the run's folder alone."""
         target = HERE / "evidence" / f"{self.name}.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(self.folder / "metrics.jsonl", target.with_suffix(".part"))
+        kept = [row for row in read_jsonl(self.folder / "metrics.jsonl") if row["kind"] != "step"]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        target.with_suffix(".part").write_text(text)
         os.replace(target.with_suffix(".part"), target)
 
 

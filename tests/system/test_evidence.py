@@ -86,7 +86,8 @@ def test_cost_is_the_tokens_that_the_models_saw(here, quick, monkeypatch, kind):
     settings = dict(ofsd_questions=12, ofsd_epochs=1, questions_per_step=8, budget=30_000)
     arm = evidence.Arm(f"grpo 1, {kind}, grpo", **settings)
     run = evidence.run_arm("x/y-7", arm, 7, "validation")
-    rows = rows_of(here / "evidence/x/y-7.jsonl")
+    kept, rows = rows_of(here / "evidence/x/y-7.jsonl"), rows_of(run.folder / "metrics.jsonl")
+    assert kept == [row for row in rows if row["kind"] != "step"]
     assert run.cost == rows[-1]["cost"] == seen["sampled"] + seen["forward"] >= 30_000
     assert any(row["stage"] == f"{kind}-2" and row["kind"] == "step" for row in rows)
     # Where no group has variance, the one pass is for statistics, and costs nothing.
@@ -311,7 +312,7 @@ def test_every_ablation_runs_and_starts_from_the_same_policy(here, quick, monkey
     small = evidence.Arm("grpo 1, ofsd", **settings)
     monkeypatch.setattr(evidence, "ABLATED", small)
     evidence.ablations("ablations/7", 7, "validation")
-    rows = rows_of(here / "evidence/ablations/7.jsonl")
+    rows = rows_of(here / "runs/evidence/ablations/7/metrics.jsonl")
     first = {}  # the loss of the first batch of each variant, before any update
     for row in rows:
         if row["kind"] == "step" and row["step"] == 1:
