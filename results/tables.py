@@ -230,6 +230,7 @@ SECTIONS = [
     (f"Trials from the converged policy, one development seed, {VALIDATION}", "tune-plateau", trials),
     (f"More trials from there, the same seed, {VALIDATION}", "tune-plateau-2", trials),
     ("From a policy that GRPO improves no more", "plateau", comparison),
+    ("The offline stage that an arm begins with, from there", "plateau", first_stages),
     ("Stages of OFSD in search-e1, from the base", "loop", ofsd_stages),
     ("Stages of OFSD in search-e1, from the converged policy", "plateau", ofsd_stages),
     (f"One stage, one thing changed, {VALIDATION}", "ablations", lambda part: ablations()),
