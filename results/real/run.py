@@ -8,6 +8,7 @@
     python results/real/run.py hops cpu start search-e1-0   # the second test, read once at the end
     python results/real/run.py table runs/real/cpu/*-0      # what their logs say, stage by stage
     python results/real/run.py figure cpu.png runs/real/cpu/*-0     # the same as a picture
+    python results/real/run.py answers runs/real/cpu/search-e1-0    # its tests without their text
 
 In place of "cpu", "gpu" is the same at full length; PLANS below has both.
 
@@ -223,9 +224,22 @@ def figure(out: str, *folders: str) -> None:
     picture.savefig(out, dpi=110)
 
 
+def answers(folder: str) -> None:
+    """answers.jsonl: each test question, right or wrong, answered or not, how many queries, and how
+    many different ones. That is what may be kept without the questions and passages."""
+    lines = []
+    for row in read_jsonl(Path(folder) / "trajectories.jsonl"):
+        if row["kind"] == "eval":
+            counts = {"queries": len(row["queries"]), "different": len({*row["queries"]})}
+            told = {name: row[name] for name in ("stage", "id", "em")}
+            lines.append(told | {"answered": row["answer"] is not None} | counts)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (Path(folder) / "answers.jsonl").write_text(text, encoding="utf-8")
+
+
 PARTS = {
     "data": data, "start": start_model, "pilot": pilot, "train": train_arm, "hops": hops,
-    "table": table, "figure": figure,
+    "table": table, "figure": figure, "answers": answers,
 }  # fmt: skip
 
 
