@@ -10,6 +10,7 @@ import mutate
 import pytest
 import tables
 from conftest import ROOT
+from real import run
 from test_readme import (
     README, check_script_and_flags, check_settings, commands, last_table, scripts,
 )  # fmt: skip
@@ -240,6 +241,41 @@ def test_what_was_seen_of_a_real_model_is_what_the_logs_say():
     assert kl[2] < 0.01 and kl[3] > 0.2 and min(kl[4:]) > 0.2
     cost = rows_of("results/real/gpu/grpo-0/cost.jsonl")
     assert {row["trajectories"] for row in cost if row["for"] == "rollout"} == {512}
+
+
+def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
+    page, folder = PAGES["real-models"], ROOT / "results/real/cpu"
+    short = lambda value, sign="": f"{value:{sign}.3f}".replace("0.", ".", 1)  # noqa: E731
+    tests = {name: run.tests_of(folder / name) for name in ("search-e1-0", "grpo-0")}
+    for row in [*tests["search-e1-0"], tests["grpo-0"][-1]]:
+        low, high = map(short, row["interval"])
+        cells = [short(row["em"]), f"{low}-{high}", short(row["f1"]), f"{row['searches']:.2f}"]
+        edges = [row[name] for name in ("edge", "edge_supported", "edge_control") if name in row]
+        cells += [short(row["answered"]), ", ".join(short(edge, "+") for edge in edges)]
+        assert f"| {' | '.join(cells)} | {row['tokens']:.0f} K |" in page
+    for name, title in ("as-it-comes", "as it comes"), ("start-96", "a start of 96 demonstrations"):
+        (row,) = rows_of(f"results/real/cpu/{name}/metrics.jsonl")
+        assert f"| {title} | {short(row['em'])} |" in page
+    page = re.sub(r"\s+", " ", page)
+    rows = rows_of("results/real/cpu/search-e1-0/answers.jsonl")
+    right = {(row["stage"], row["id"]): row["em"] for row in rows}
+
+    def moved(before, after):
+        changes = [right[after, key] - em for (stage, key), em in right.items() if stage == before]
+        return changes.count(1), changes.count(-1)
+
+    assert "({} questions became right, {} wrong)".format(*moved("base", "grpo-1")) in page
+    first, second = moved("grpo-1", "ofsd-1"), moved("grpo-2", "ofsd-2")
+    assert "({} became right and {} wrong, then {} and {})".format(*first, *second) in page
+    repeats = [row["queries"] > row["different"] for row in rows if row["stage"] == "ofsd-1"]
+    unread = [row["answered"] and not row["queries"] for row in rows if row["stage"] == "ofsd-2"]
+    assert f"stage {short(mean(repeats))} of the test" in page
+    assert f"second {short(mean(unread))} answer without" in page
+    steps = {name: [row for row in rows_of(f"results/real/cpu/{name}/metrics.jsonl")
+                    if row["kind"] == "step" and row["stage"] == "grpo-2"] for name in tests}  # fmt: skip
+    rewards = [round(mean(row["reward"] for row in part), 3) for part in steps.values()]
+    assert rewards[1] == 0.245 and round(rewards[0], 2) == 0.08
+    assert "rewards of .245 on the mean, where Search-E1's after OFSD have .08" in page
 
 
 def test_what_was_seen_of_smollm2_on_a_cpu_is_what_the_files_say():
