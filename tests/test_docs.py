@@ -271,6 +271,9 @@ def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
     unread = [row["answered"] and not row["queries"] for row in rows if row["stage"] == "ofsd-2"]
     assert f"stage {short(mean(repeats))} of the test" in page
     assert f"second {short(mean(unread))} answer without" in page
+    ems = [row["em"] for row in rows_of("results/real/cpu/pilot-slow-ofsd/metrics.jsonl")
+           if row["kind"] == "eval"]  # fmt: skip
+    assert ems == [0.28, 0.28, 0.29] and "from .280 to .290" in page
     steps = {name: [row for row in rows_of(f"results/real/cpu/{name}/metrics.jsonl")
                     if row["kind"] == "step" and row["stage"] == "grpo-2"] for name in tests}  # fmt: skip
     rewards = [round(mean(row["reward"] for row in part), 3) for part in steps.values()]
