@@ -87,9 +87,15 @@ TRIALS_2 = {
     },
 }  # fmt: skip
 
+
+def chosen(best: dict[str, str], first: dict, second: dict) -> dict[str, Arm]:
+    """The arms by kind, from the names of their best trials in two rounds."""
+    return {kind: {**first[kind], **second[kind]}[name] for kind, name in best.items()}
+
+
 # These were the best trials, by the area under the curve.
 BEST = {"grpo": "lr0.0006", "search-e1": "first-40", "ofsd": "fast-40", "rft": "first"}
-ARMS = {kind: {**TRIALS[kind], **TRIALS_2[kind]}[best] for kind, best in BEST.items()}
+ARMS = chosen(BEST, TRIALS, TRIALS_2)
 
 # From a policy that GRPO, its learning rate held, improves no more on the validation questions.
 CONVERGED = "runs/evidence/converged"
@@ -121,12 +127,9 @@ PLATEAU_TRIALS_2 = {
         for kind, stage in (("search-e1", "ofsd"), ("rft", "rft"))
     },
 }  # fmt: skip
-# The best by the area; of Search-E1's first three, which are equal, the one in the middle.
+# Again the best by the area. Search-E1's first three are equal: of these it is the middle one.
 PLATEAU_BEST = {"grpo": "large-batch", "search-e1": "as-before", "rft": "as-before"}
-PLATEAU = {
-    kind: {**PLATEAU_TRIALS[kind], **PLATEAU_TRIALS_2[kind]}[best]
-    for kind, best in PLATEAU_BEST.items()
-}  # fmt: skip
+PLATEAU = chosen(PLATEAU_BEST, PLATEAU_TRIALS, PLATEAU_TRIALS_2)
 
 # One stage of OFSD as the paper has it, one pair a question, from one policy (two steps of GRPO)
 # and one pool a seed; each ablation changes one thing in it.

@@ -171,8 +171,8 @@ def first_stages(part: str) -> str:
 
 
 def ablations() -> str:
-    """EM after a stage's last pass, less EM before it, by variant: mean over seeds, that less the
-    mean of the unchanged stage, and each seed."""
+    """EM after a stage's last pass, less EM before it, by variant: the mean over seeds, its
+    difference to the unchanged stage, paired by seed, and each seed's."""
     found: dict[str, list] = {}
     for seeds in read("ablations").values():
         for rows in seeds.values():
@@ -227,7 +227,7 @@ SECTIONS = [
     (f"More trials from the base, the same seed, {VALIDATION}", "tune-2", trials),
     ("From the base", "loop", comparison),
     ("The offline stage that an arm begins with, from the base", "loop", first_stages),
-    (f"Trials from the converged policy, one development seed, {VALIDATION}", "tune-plateau", trials),
+    (f"Trials from the converged policy, one seed, {VALIDATION}", "tune-plateau", trials),
     (f"More trials from there, the same seed, {VALIDATION}", "tune-plateau-2", trials),
     ("From a policy that GRPO improves no more", "plateau", comparison),
     ("The offline stage that an arm begins with, from there", "plateau", first_stages),

@@ -274,9 +274,11 @@ def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
     ems = [row["em"] for row in rows_of("results/real/cpu/pilot-slow-ofsd/metrics.jsonl")
            if row["kind"] == "eval"]  # fmt: skip
     assert ems == [0.28, 0.28, 0.29] and "from .280 to .290" in page
-    steps = {name: [row for row in rows_of(f"results/real/cpu/{name}/metrics.jsonl")
-                    if row["kind"] == "step" and row["stage"] == "grpo-2"] for name in tests}  # fmt: skip
-    rewards = [round(mean(row["reward"] for row in part), 3) for part in steps.values()]
+    rewards = []
+    for name in tests:
+        rows = rows_of(f"results/real/cpu/{name}/metrics.jsonl")
+        steps = [row for row in rows if row["kind"] == "step" and row["stage"] == "grpo-2"]
+        rewards.append(round(mean(row["reward"] for row in steps), 3))
     assert rewards[1] == 0.245 and round(rewards[0], 2) == 0.08
     assert "rewards of .245 on the mean, where Search-E1's after OFSD have .08" in page
 

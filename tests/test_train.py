@@ -55,6 +55,15 @@ def test_a_short_run_writes_what_it_promises(small_run):
     assert json.loads((small_run / "config.json").read_text())["grpo_steps"] == 2
 
 
+def test_a_logged_em_is_exact_match_whatever_the_reward_is(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "rewards_of", lambda questions, those: [0.5] * len(those))
+    settings = json.loads((small_run / "config.json").read_text())
+    folder = train(Config(**settings | {"out": str(tmp_path / "run"), "rounds": 0}))
+    (test,) = [row["em"] for row in read(folder, "metrics.jsonl")]
+    ems = [row["em"] for row in read(folder, "trajectories.jsonl")]
+    assert {*ems} <= {0.0, 1.0} and sum(ems) / len(ems) == pytest.approx(test)
+
+
 def test_the_parameters_moved_and_the_model_folder_loads(small_run, micro):
     trained = AutoModelForCausalLM.from_pretrained(small_run / "model")
     pairs = zip(trained.parameters(), micro[0].parameters())

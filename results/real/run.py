@@ -51,28 +51,28 @@ LIMITS = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_
 class Plan:
     """What differs between the two machines."""
 
-    config: str  # a file of configs/
+    settings: Config
     demonstrations: int  # for the start
     batch: int  # of these, for an update
-    alone: dict  # settings of GRPO alone
-
-    @property
-    def settings(self) -> Config:
-        return read_settings(ROOT / "configs" / self.config)
+    alone: dict  # what GRPO alone has in place of some settings
 
 
+CONFIGS = ROOT / "configs"
 PLANS = {
-    # GRPO's stages alone. That costs what Search-E1 has cost after its first round.
-    "cpu": Plan("smollm2-135m-cpu.json", 32, 4, {"ofsd": False}),
-    # As many tokens as Search-E1 samples in all.
-    "gpu": Plan("smollm2-135m.json", 400, 8, {"ofsd": False, "rounds": 1, "grpo_steps": 40}),
-}
+    # Here GRPO alone costs what Search-E1 has cost after its first round.
+    "cpu": Plan(read_settings(CONFIGS / "smollm2-135m-cpu.json"), 32, 4, {"ofsd": False}),
+    # Here it costs as many tokens as Search-E1 samples in all.
+    "gpu": Plan(
+        read_settings(CONFIGS / "smollm2-135m.json"), 400, 8,
+        {"ofsd": False, "rounds": 1, "grpo_steps": 40},
+    ),
+}  # fmt: skip
 
 
-def write(name: str, rows: list[dict]) -> None:
+def write(path: Path, rows: list[dict]) -> None:
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (DATA / name).write_text(text, encoding="utf-8")
-    print(f"{name}: {len(rows)} lines")
+    path.write_text(text, encoding="utf-8")
+    print(f"{path.name}: {len(rows)} lines")
 
 
 def data(folder: str) -> None:
@@ -92,15 +92,15 @@ def data(folder: str) -> None:
         parts["train"] += rows[125:]
     random.Random(1).shuffle(parts["test"])  # so that the first 200 are of all four sets
     for name, rows in parts.items():
-        write(f"{name}.jsonl", rows)
+        write(DATA / f"{name}.jsonl", rows)
     several = []
     for name in SEVERAL:
         rows = load_questions(f"{folder}/{name}/questions.jsonl.gz")
         several += [{**row, "type": name} for row in rng.sample(rows, 200)]
-    write("hops.jsonl", several)
+    write(DATA / "hops.jsonl", several)
     for name, sets in ("corpus", SINGLE), ("hops-corpus", SEVERAL):
         passages = [row for part in sets for row in read_jsonl(f"{folder}/{part}/corpus.jsonl.gz")]
-        write(f"{name}.jsonl", passages)
+        write(DATA / f"{name}.jsonl", passages)
 
 
 def start_model(machine: str, model: str) -> None:
@@ -158,8 +158,8 @@ def counted(rollout, log: Path, *args, progress: str = "", **how):
 
 def hops(machine: str, *names: str) -> None:
     """Test models of runs/real/ on the questions of several hops."""
-    made = PLANS[machine].settings
-    how = {name: getattr(made, name) for name in LIMITS} | {"batch_size": 200}
+    plan = PLANS[machine]
+    how = {name: getattr(plan.settings, name) for name in LIMITS} | {"batch_size": 200}
     questions = load_questions(str(DATA / "hops.jsonl"))
     index = open_index(str(DATA / "hops-corpus.jsonl"))
     for name in names:
@@ -225,16 +225,15 @@ def figure(out: str, *folders: str) -> None:
 
 
 def answers(folder: str) -> None:
-    """answers.jsonl: each test question, right or wrong, answered or not, how many queries, and how
-    many different ones. That is what may be kept without the questions and passages."""
-    lines = []
+    """Write answers.jsonl: for each test question whether its answer is right, whether it has one,
+    and how many queries and different queries were asked. No question and no passage is in it."""
+    rows = []
     for row in read_jsonl(Path(folder) / "trajectories.jsonl"):
         if row["kind"] == "eval":
             counts = {"queries": len(row["queries"]), "different": len({*row["queries"]})}
             told = {name: row[name] for name in ("stage", "id", "em")}
-            lines.append(told | {"answered": row["answer"] is not None} | counts)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (Path(folder) / "answers.jsonl").write_text(text, encoding="utf-8")
+            rows.append(told | {"answered": row["answer"] is not None} | counts)
+    write(Path(folder) / "answers.jsonl", rows)
 
 
 PARTS = {
