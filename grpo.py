@@ -168,9 +168,8 @@ def token_entropies(logits: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- machinery
 
-# Memory. With 151,936 words the logits of 4,000 tokens are 2.4 GB, and a loss holds several copies.
-# But it is a sum over tokens. So one chunk of hidden states at a time goes through the output
-# layer, forward and backward. The model's backward pass follows once.
+# Memory. With 151,936 words the logits of 4,000 tokens are 2.4 GB. But a loss is a sum over tokens:
+# they pass the output layer forward and backward in chunks. The model's backward pass is one.
 
 CHUNK = 2**25  # logits at a time: 134 MB a copy
 
@@ -185,7 +184,7 @@ def policy_hidden(model, trajectories: list, prompts: list[list[int]] | None = N
     ids = pad_sequence(rows, batch_first=True).to(model.device)  # (B, S)
     where = pad_sequence([torch.tensor(mask) for mask in masks], batch_first=True).bool()  # (B, S)
     model.train(model.is_activation_checkpointing)  # checkpointing works in training mode only
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+    with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, S, H)
     model.eval()
     return hidden[where.to(hidden.device)]  # (N, H)
@@ -194,7 +193,7 @@ def to_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     """The output layer, which some models scale: (N, H) -> (N, V) in float32."""
     config = model.config.get_text_config()
     up, down = (getattr(config, name, None) or 1 for name in ("logit_scale", "logits_scaling"))
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+    with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
         return model.get_output_embeddings()(hidden).float() * (up / down)
 
 def chunks(model, *tensors: torch.Tensor):
@@ -232,6 +231,7 @@ def micro_batches(items: list, size: int, length) -> list[list]:
     items = sorted(items, key=length)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
+@torch.autocast("cpu", enabled=False)
 def check_training(model) -> None:
     """Raise ValueError if a training pass does not see the logits that sampling sees."""
     tried = SimpleNamespace(prompt_ids=[1], response_ids=[2] * 40, loss_mask=[1] * 40)

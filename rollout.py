@@ -251,8 +251,7 @@ def sample(logits: torch.Tensor, temperature: float, generator=None) -> tuple[li
     """A token for each row of logits (n, V), and its log-probability."""
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)  # (n, V)
     if temperature:
-        # One random number a row inverts the cumulative distribution. torch.multinomial draws
-        # one for each token of the vocabulary, which costs more than a small model does.
+        # One random number a row is enough. torch.multinomial draws one a word, which is slow.
         cumulative = logprobs.exp().cumsum(dim=-1)  # (n, V)
         level = torch.rand(len(logits), 1, device=logits.device, generator=generator)  # (n, 1)
         # right=True: the first token whose sum exceeds the level, so none of probability 0.
@@ -290,7 +289,7 @@ class RowCache(Cache):
         mask = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]
         if self.model.config._attn_implementation != "sdpa":  # eager attention adds its mask
             mask = torch.where(mask, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
-        with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu, cache_enabled=False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu, cache_enabled=False):
             output = self.model(
                 input_ids=torch.tensor(padded, device=device),  # (n, S)
                 attention_mask=mask,  # (n, 1, S, used)
@@ -354,6 +353,7 @@ def load_model(name: str, day: str = ""):
         raise BadInput(f"cannot use {name}: {error}") from None
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def check_sampling(model, tokenizer) -> None:
     """Raise ValueError where sampling would not be exact: try two rows, a long and a short one."""
     config, size = model.config.get_text_config(), model.get_input_embeddings().weight.shape[0]

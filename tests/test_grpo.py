@@ -345,6 +345,18 @@ def test_a_model_whose_logits_are_computed_otherwise_is_refused(random_model):
         check_training(random_model)
 
 
+def test_a_model_is_checked_in_float32_whatever_is_around(random_model, monkeypatch):
+    def exact(*args, plain=policy_hidden):
+        assert not torch.is_autocast_enabled("cpu")
+        return plain(*args)
+
+    monkeypatch.setattr("grpo.policy_hidden", exact)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        check_training(random_model)
+        with pytest.raises(AssertionError):  # or this test would say nothing
+            exact(random_model, ROWS)
+
+
 @pytest.mark.parametrize("likely", [False, True])
 def test_a_model_may_be_off_only_where_nothing_is_likely(likely, random_model, monkeypatch):
     """In bfloat16 a pretrained model is off by .8 nats at a word that it never says. That is no

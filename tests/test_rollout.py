@@ -19,8 +19,8 @@ import rollout as rollout_module
 from grpo import policy_hidden, response_logits, to_logits, token_logprobs
 from retriever import BadInput, Passage
 from rollout import (
-    TAGS, RowCache, Trajectory, chat_ids, decode, encode, load_model, neutralise, observation_ids,
-    parse_turn, rollout, sample, save_model, standard_prompt,
+    TAGS, RowCache, Trajectory, chat_ids, check_sampling, decode, encode, load_model, neutralise,
+    observation_ids, parse_turn, rollout, sample, save_model, standard_prompt,
 )  # fmt: skip
 
 
@@ -583,24 +583,27 @@ def test_cached_sampling_equals_one_full_forward_pass_on_a_gpu_in_bf16(micro, mi
     assert largest_gap(model, rows) < 0.25  # bf16 keeps 8 bits: a logit of 16 is off by up to .06
 
 
-def test_under_autocast_keys_and_values_are_kept_in_bfloat16(micro, micro_index, monkeypatch):
-    caches, plain = [], torch.autocast
-
-    def autocast(*args, **how):  # ours, which names bfloat16, is on here as on a GPU
-        if torch.bfloat16 in args:
-            args, how = args[:2], how | {"enabled": True}
-        return plain(*args, **how)
+def test_autocast_around_it_reaches_sampling_and_training(micro, micro_index, monkeypatch):
+    """On a CPU, too, all is computed in bfloat16 if the caller wants it. Keys are kept like it."""
+    caches = []
 
     def cache(model):
         caches.append(RowCache(model))
         return caches[-1]
 
-    monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(rollout_module, "RowCache", cache)
-    rows = rollout(*micro, micro_index, ["Who is the founder of Vurus Works?"], group_size=2, seed=0)
-    assert len(caches[0].store) == 2 * micro[0].config.num_hidden_layers
-    assert {kept.dtype for kept in caches[0].store.values()} == {torch.bfloat16}
-    assert largest_gap(micro[0], rows) < 0.25  # as on a GPU
+    model, tokenizer = micro
+    asked = ["Who is the founder of Vurus Works?"]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rows = rollout(*micro, micro_index, asked, group_size=2, seed=0)
+        logits = to_logits(model, policy_hidden(model, rows))  # (N, V)
+        check_sampling(*micro)
+    assert len(caches[0].store) == 2 * model.config.num_hidden_layers
+    dtypes = [{kept.dtype for kept in cache.store.values()} for cache in caches]
+    assert dtypes == [{torch.bfloat16}, {torch.float32}]  # a model is checked in float32
+    exact = to_logits(model, policy_hidden(model, rows))  # (N, V)
+    assert 0.001 < (logits - exact).abs().max() < 0.25
+    assert largest_gap(model, rows) < 0.25  # as on a GPU
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import run_here
 
-from rollout import load_model, rollout
+from ofsd import privileged_prompt
+from rollout import decode, load_model, rollout
 from tools import start
 
 MICRO = (
@@ -42,6 +44,17 @@ def test_a_demonstration_is_written_as_a_rollout_is(tokenizer, three):
     assert made.response_ids[-1] == tokenizer.eos_token_id and made.loss_mask[-1] == 1
 
 
+def test_a_demonstration_may_show_itself_in_the_prompt(micro, three):
+    """As OFSD's teacher sees a reference. What is to be said stays the same."""
+    model, tokenizer = micro
+    made = start.write_out(tokenizer, "Who?", start.demonstrate(three, QUESTION, k=1), budget=100)
+    shown = start.show_reference(model, tokenizer, made)
+    assert shown.prompt_ids == privileged_prompt(tokenizer, "Who?", made, 10**6)
+    assert replace(shown, prompt_ids=made.prompt_ids) == made
+    made.response_ids *= 1000  # no prompt leaves room for such a response
+    assert start.show_reference(model, tokenizer, made).prompt_ids == made.prompt_ids
+
+
 def test_what_is_shown_becomes_likelier_and_what_the_retriever_wrote_has_no_loss(
     tokenizer, three, random_model
 ):
@@ -62,10 +75,15 @@ def test_what_is_shown_becomes_likelier_and_what_the_retriever_wrote_has_no_loss
 def test_a_model_is_given_its_start(tmp_path, monkeypatch, capsys, micro):
     """The command end to end, on micro/model, with a prompt of one's own."""
     how = [*MICRO, "--count", "6", "--out", tmp_path / "started", "--prompt", "Well, {question}"]
+    how += ["--privileged", "2"]
+    taught, imitate = [], start.imitate
+    keep = lambda model, rows, **how: taught.extend(rows) or imitate(model, rows, **how)  # noqa: E731
+    monkeypatch.setattr(start, "imitate", keep)
     status, out, _ = run_here(monkeypatch, capsys, start.main, "start.py", *how)
     assert status == 0 and "6 demonstrations from 1080 questions" in out
     started, tokenizer = load_model(str(tmp_path / "started"))
     assert tokenizer.init_kwargs["search_prompt"] == "Well, {question}"
+    assert sum("An expert" in decode(tokenizer, t.prompt_ids) for t in taught) == 2 < len(taught)
     assert not torch.equal(next(started.parameters()), next(micro[0].parameters()))
     status, _, error = run_here(monkeypatch, capsys, start.main, "start.py", *how)
     assert status == 2 and "exists already" in error and len(error.splitlines()) == 1
@@ -74,6 +92,7 @@ def test_a_model_is_given_its_start(tmp_path, monkeypatch, capsys, micro):
 @pytest.mark.parametrize("flags, message", [
     ((), "required"),
     ((*MICRO, "--out", "runs/never", "--count", "0"), "at least 1"),
+    ((*MICRO, "--out", "runs/never", "--count", "4", "--privileged", "5"), "a part of --count"),
     ((*MICRO, "--out", "runs/never", "--prompt", "no place"), "{question}"),
     ((*MICRO[:2], "--questions", "nowhere", *MICRO[4:], "--out", "runs/never"), "nowhere"),
 ])  # fmt: skip

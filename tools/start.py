@@ -6,8 +6,12 @@ A model that never writes the tags earns no reward, and GRPO has nothing to star
 writes the demonstrations itself, for training questions. It searches for the question as it stands,
 then for each of its "supporting_titles" that it has not found, if the question has them. If a
 passage that it found holds the answer, the trajectory becomes a demonstration. Other questions are
-left out, so nothing is taught that was not read. Then the model is trained on what the script
-wrote, one pass, by cross-entropy; what the retriever wrote has no loss.
+left out. Then the model is trained on what the script wrote, one pass, by cross-entropy; what the
+retriever wrote has no loss.
+
+OFSD's teacher must be able to read a reference. So --privileged of the demonstrations stand under
+the privileged prompt, each with itself as the reference. Without them SmolLM2 copied the answer of
+the reference and did not search (docs/real-models.md).
 
 --prompt, --k, --max-searches and --max-observation-tokens mean what they mean in train.py, and
 should have the same values there. The prompt is kept with the tokenizer, so train.py and eval.py
@@ -16,6 +20,7 @@ find it in FOLDER.
 
 import random
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +32,10 @@ from tqdm import tqdm  # noqa: E402
 from eval import load_questions, supported  # noqa: E402
 from grpo import backward_in_chunks, clip_and_update, policy_hidden, token_logprobs  # noqa: E402
 from micro.make import as_trajectory  # noqa: E402
+from ofsd import privileged_prompt  # noqa: E402
 from retriever import BadInput, Parser, Passage, open_index, run_script  # noqa: E402
 from rollout import (  # noqa: E402
-    Trajectory, chat_ids, load_model, save_model, standard_prompt,
+    Trajectory, chat_ids, context_length, load_model, save_model, standard_prompt,
 )  # fmt: skip
 
 
@@ -57,6 +63,13 @@ def write_out(tokenizer, question: str, steps: list, budget: int) -> Trajectory:
     trajectory = as_trajectory(tokenizer, steps, question, prompt, budget)
     trajectory.extend([tokenizer.eos_token_id], [0.0])
     return trajectory
+
+
+def show_reference(model, tokenizer, demonstration: Trajectory) -> Trajectory:
+    """The same response under OFSD's privileged prompt, with itself as the reference."""
+    room = context_length(model) - len(demonstration.response_ids)
+    prompt = privileged_prompt(tokenizer, demonstration.question, demonstration, room)
+    return replace(demonstration, prompt_ids=prompt or demonstration.prompt_ids)
 
 
 def imitate(model, demonstrations: list[Trajectory], *, lr: float, batch: int) -> None:
@@ -89,6 +102,7 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, help="passages")
     parser.add_argument("--out", required=True, help="the folder to write, a new one")
     parser.add_argument("--count", type=int, default=400, help="demonstrations")
+    parser.add_argument("--privileged", type=int, default=0, help="of these under OFSD's prompt")
     parser.add_argument("--prompt", default="", help="wording of the prompt, with {question} in it")
     parser.add_argument("--k", type=int, default=3, help="passages a search")
     parser.add_argument("--max-searches", type=int, default=4, help="searches a demonstration")
@@ -99,6 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.count, args.k, args.max_searches, args.max_observation_tokens, args.batch) < 1:
         parser.error("--count, --k, --batch and the limits are at least 1")
+    if not 0 <= args.privileged <= args.count:
+        parser.error("--privileged is a part of --count")
     if args.prompt and "{question}" not in args.prompt:
         parser.error("--prompt must hold {question}, where the question goes")
     if Path(args.out).exists():
@@ -110,13 +126,19 @@ def main() -> None:
     rng, demonstrations = random.Random(args.seed), []
     for row in rng.sample(rows, len(rows)):
         steps = demonstrate(index, row, k=args.k, max_searches=args.max_searches)
-        if steps and len(demonstrations) < args.count:
+        if steps:
             asked = tokenizer, row["question"]
             demonstrations.append(write_out(*asked, steps, args.max_observation_tokens))
+        if len(demonstrations) == args.count:
+            break
     if not demonstrations:
         raise BadInput(f"{args.questions}: for no question does {args.corpus} hold a passage with "
                        "the answer that BM25 finds")  # fmt: skip
-    print(f"{len(demonstrations)} demonstrations from {len(rows)} questions")
+    shown = args.privileged * len(demonstrations) // args.count  # the same share of fewer ones
+    for i in range(shown):
+        demonstrations[i] = show_reference(model, tokenizer, demonstrations[i])
+    rng.shuffle(demonstrations)
+    print(f"{len(demonstrations)} demonstrations from {len(rows)} questions, {shown} privileged")
     torch.manual_seed(args.seed)
     imitate(model, demonstrations, lr=args.lr, batch=args.batch)
     save_model(model, tokenizer, Path(args.out))
