@@ -3,7 +3,7 @@
 import json
 import re
 import runpy
-from statistics import mean
+from statistics import mean, pstdev
 
 import make
 import mutate
@@ -243,44 +243,66 @@ def test_what_was_seen_of_a_real_model_is_what_the_logs_say():
     assert {row["trajectories"] for row in cost if row["for"] == "rollout"} == {512}
 
 
+def short(value, sign=""):
+    return f"{value:{sign}.3f}".replace("0.", ".", 1)
+
+
 def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
     page, folder = PAGES["real-models"], ROOT / "results/real/cpu"
-    short = lambda value, sign="": f"{value:{sign}.3f}".replace("0.", ".", 1)  # noqa: E731
     tests = {name: run.tests_of(folder / name) for name in ("search-e1-0", "grpo-0")}
-    for row in [*tests["search-e1-0"], tests["grpo-0"][-1]]:
+    for row in [*tests["search-e1-0"], *tests["grpo-0"][1:]]:
         low, high = map(short, row["interval"])
         cells = [short(row["em"]), f"{low}-{high}", short(row["f1"]), f"{row['searches']:.2f}"]
         edges = [row[name] for name in ("edge", "edge_supported", "edge_control") if name in row]
         cells += [short(row["answered"]), ", ".join(short(edge, "+") for edge in edges)]
         assert f"| {' | '.join(cells)} | {row['tokens']:.0f} K |" in page
-    for name, title in ("as-it-comes", "as it comes"), ("start-96", "a start of 96 demonstrations"):
-        (row,) = rows_of(f"results/real/cpu/{name}/metrics.jsonl")
-        assert f"| {title} | {short(row['em'])} |" in page
-    page = re.sub(r"\s+", " ", page)
-    rows = rows_of("results/real/cpu/search-e1-0/answers.jsonl")
-    right = {(row["stage"], row["id"]): row["em"] for row in rows}
+    page, rows = re.sub(r"\s+", " ", page), rows_of("results/real/cpu/search-e1-0/answers.jsonl")
+    stages = {}
+    for row in rows:
+        stages.setdefault(row["stage"], {})[row["id"]] = row
+    first, *_, last = stages.values()
+    changes = [last[key]["em"] - row["em"] for key, row in first.items()]
+    better, worse = changes.count(1), changes.count(-1)
+    assert f"end {better} of the 200 questions became right and {worse} wrong" in page
+    reach = 1.96 * pstdev(changes) / len(changes) ** 0.5
+    ends = [short(mean(changes) + sign * reach) for sign in (-1, 1)]
+    told = "{}, with a paired 95 % interval of {} to {}"
+    assert told.format(short(mean(changes), "+"), *ends) in page
+    found = [[row["em"] for row in rows.values() if row["found"]] for rows in stages.values()]
+    assert f"read for {min(map(len, found))} to {max(map(len, found))} of the 200" in page
+    read = [short(mean(part)) for part in found]
+    assert "start answers {} right, and the policies after the four stages".format(read[0]) in page
+    assert "{}, {}, {} and {}".format(*read[1:]) in page
+    metrics = rows_of("results/real/cpu/search-e1-0/metrics.jsonl")
+    mined = [row for row in metrics if row["kind"] == "mining"]
+    edges = [(short(row["edge_supported"], "+"), row["pairs"]) for row in mined]
+    assert "{} over {} pairs before the first".format(*edges[0]) in page
+    assert "{} over {} before the second".format(*edges[1]) in page
+    base, *steps = rows_of("results/real/start-24/metrics.jsonl")
+    assert f"had {short(base['em'])} of {base['n']} test questions" in page
+    assert [row["reward"] for row in steps] == [0, 0]
 
-    def moved(before, after):
-        changes = [right[after, key] - em for (stage, key), em in right.items() if stage == before]
-        return changes.count(1), changes.count(-1)
 
-    assert "({} questions became right, {} wrong)".format(*moved("base", "grpo-1")) in page
-    first, second = moved("grpo-1", "ofsd-1"), moved("grpo-2", "ofsd-2")
-    assert "({} became right and {} wrong, then {} and {})".format(*first, *second) in page
+def test_the_run_without_references_is_told_as_it_went():
+    page, folder = re.sub(r"\s+", " ", PAGES["real-models"]), "results/real/no-references"
+    ems = [short(row["em"]) for row in run.tests_of(ROOT / folder / "search-e1-0")]
+    assert "EM went {} to {} by GRPO, {} by OFSD, {} and {}".format(*ems) in page
+    mined = [row for row in rows_of(f"{folder}/search-e1-0/metrics.jsonl") if "pairs" in row]
+    for name in "edge", "edge_supported":
+        assert " and ".join(short(row[name], "+") for row in mined) in page
+    last = {name: rows_of(f"{folder}/{name}/metrics.jsonl")[-1]["em"]
+            for name in ("grpo-0", "start-96", "as-it-comes")}  # fmt: skip
+    assert f"GRPO alone ended at {short(last['grpo-0'])}" in page
+    assert f"96 such demonstrations alone give {short(last['start-96'])}" in page
+    assert f"as it comes the model has {short(last['as-it-comes'])}" in page
+    rows = rows_of(f"{folder}/search-e1-0/answers.jsonl")
     repeats = [row["queries"] > row["different"] for row in rows if row["stage"] == "ofsd-1"]
     unread = [row["answered"] and not row["queries"] for row in rows if row["stage"] == "ofsd-2"]
     assert f"stage {short(mean(repeats))} of the test" in page
     assert f"second {short(mean(unread))} answer without" in page
-    ems = [row["em"] for row in rows_of("results/real/cpu/pilot-slow-ofsd/metrics.jsonl")
+    ems = [row["em"] for row in rows_of(f"{folder}/pilot-slow-ofsd/metrics.jsonl")
            if row["kind"] == "eval"]  # fmt: skip
     assert ems == [0.28, 0.28, 0.29] and "from .280 to .290" in page
-    rewards = []
-    for name in tests:
-        rows = rows_of(f"results/real/cpu/{name}/metrics.jsonl")
-        steps = [row for row in rows if row["kind"] == "step" and row["stage"] == "grpo-2"]
-        rewards.append(round(mean(row["reward"] for row in steps), 3))
-    assert rewards[1] == 0.245 and round(rewards[0], 2) == 0.08
-    assert "rewards of .245 on the mean, where Search-E1's after OFSD have .08" in page
 
 
 def test_what_was_seen_of_smollm2_on_a_cpu_is_what_the_files_say():

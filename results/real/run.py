@@ -1,22 +1,24 @@
-"""SmolLM2-135M learns to search: real questions, real passages, and the same cost for each arm.
+"""SmolLM2-135M learns to search: real questions, real passages, and what each arm costs.
 
     python results/real/run.py data path/to/sets            # questions and passages; seconds
     python results/real/run.py start cpu smollm2/model      # demonstrations, and the arms' start
-    python results/real/run.py train cpu search-e1 0        # an arm and a seed; stopped, it resumes
+    python results/real/run.py train cpu search-e1 0        # an arm and a seed; once more: resume
     python results/real/run.py train cpu grpo 0
     python results/real/run.py pilot cpu fast grpo_lr=2e-5  # to choose settings by
-    python results/real/run.py hops cpu start search-e1-0   # the second test, read once at the end
+    python results/real/run.py test cpu test start search-e1-0      # all 400 questions
+    python results/real/run.py test cpu hops start search-e1-0      # the second test
     python results/real/run.py table runs/real/cpu/*-0      # what their logs say, stage by stage
     python results/real/run.py figure cpu.png runs/real/cpu/*-0     # the same as a picture
-    python results/real/run.py answers runs/real/cpu/search-e1-0    # its tests without their text
+    python results/real/run.py answers runs/real/cpu/search-e1-0    # right or not, without text
 
 In place of "cpu", "gpu" is the same at full length; PLANS below has both.
 
 data wants a folder with SET/questions.jsonl.gz and SET/corpus.jsonl.gz, in the form that README.md
 describes. Questions that one passage answers come from nq, triviaqa, popqa and squad. Of each set
-100 are kept for the test and 25 for validation, the others are trained on; seed 0 splits them. The
-passages of the four sets are one corpus. Questions of several hops come from hotpotqa and
-2wikimultihopqa, 200 of each, and are searched in these two sets' passages.
+100 are kept for the test and 25 for validation, the others are trained on; seed 0 splits them. In
+found.jsonl are those to train on whose first passage holds an answer. The passages of the four sets
+are one corpus. Questions of several hops come from hotpotqa and 2wikimultihopqa, 200 of each, and
+are searched in these two sets' passages.
 
 Everything is written to runs/real/. cpu/ and gpu/ beside this file hold the logs of what was run;
 docs/real-models.md tells what they say.
@@ -28,6 +30,8 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,19 +56,25 @@ class Plan:
     """What differs between the two machines."""
 
     settings: Config
+    questions: str  # the file to train on
     demonstrations: int  # for the start
+    privileged: int  # how many of these stand under the privileged prompt
     batch: int  # of these, for an update
+    bfloat16: bool  # on a CPU, where it pays only if the processor has instructions for it
     alone: dict  # what GRPO alone has in place of some settings
 
 
 CONFIGS = ROOT / "configs"
 PLANS = {
-    # Here GRPO alone costs what Search-E1 has cost after its first round.
-    "cpu": Plan(read_settings(CONFIGS / "smollm2-135m-cpu.json"), 32, 4, {"ofsd": False}),
-    # Here it costs as many tokens as Search-E1 samples in all.
+    "cpu": Plan(
+        read_settings(CONFIGS / "smollm2-135m-cpu.json"), "found",
+        demonstrations=32, privileged=16, batch=4, bfloat16=True,
+        alone={"ofsd": False, "grpo_steps": 30},
+    ),
     "gpu": Plan(
-        read_settings(CONFIGS / "smollm2-135m.json"), 400, 8,
-        {"ofsd": False, "rounds": 1, "grpo_steps": 40},
+        read_settings(CONFIGS / "smollm2-135m.json"), "train",
+        demonstrations=400, privileged=200, batch=8, bfloat16=False,
+        alone={"ofsd": False, "rounds": 1, "grpo_steps": 40},
     ),
 }  # fmt: skip
 
@@ -101,6 +111,9 @@ def data(folder: str) -> None:
     for name, sets in ("corpus", SINGLE), ("hops-corpus", SEVERAL):
         passages = [row for part in sets for row in read_jsonl(f"{folder}/{part}/corpus.jsonl.gz")]
         write(DATA / f"{name}.jsonl", passages)
+    index = open_index(str(DATA / "corpus.jsonl"))
+    found = [row for row in parts["train"] if start.demonstrate(index, row, k=1, max_searches=1)]
+    write(DATA / "found.jsonl", found)
 
 
 def start_model(machine: str, model: str) -> None:
@@ -110,22 +123,32 @@ def start_model(machine: str, model: str) -> None:
     sys.argv = [
         "start.py", "--model", model, "--questions", str(DATA / "train.jsonl"),
         "--corpus", str(DATA / "corpus.jsonl"), "--out", str(DATA / machine / "start"),
-        "--count", str(plan.demonstrations), "--batch", str(plan.batch), *flags,
+        "--count", str(plan.demonstrations), "--privileged", str(plan.privileged),
+        "--batch", str(plan.batch), *flags,
     ]  # fmt: skip
-    start.main()
+    with arithmetic(machine):
+        start.main()
+
+
+def arithmetic(machine: str):
+    """Matrix products on the CPU in bfloat16, where the plan says so; on a GPU they are anyway.
+    Nothing is cached: a weight that was rounded before an update would be an old one after it."""
+    wanted = PLANS[machine].bfloat16
+    return torch.autocast("cpu", torch.bfloat16, enabled=wanted, cache_enabled=False)
 
 
 def settings(machine: str, arm: str, seed: int) -> Config:
     plan, folder = PLANS[machine], DATA / machine
     arms = {"search-e1": {}, "grpo": plan.alone}
-    files = {"questions": "train", "eval_questions": "test", "corpus": "corpus"}
+    files = {"questions": plan.questions, "eval_questions": "test", "corpus": "corpus"}
     paths = {key: str(DATA / f"{name}.jsonl") for key, name in files.items()}
     paths |= {"model": str(folder / "start"), "out": str(folder / f"{arm}-{seed}")}
     return replace(plan.settings, seed=seed, **paths, **arms[arm])
 
 
 def train_arm(machine: str, arm: str, seed: str) -> None:
-    run_counted(settings(machine, arm, int(seed)))
+    with arithmetic(machine):
+        run_counted(settings(machine, arm, int(seed)))
 
 
 def pilot(machine: str, name: str, *changes: str) -> None:
@@ -134,14 +157,17 @@ def pilot(machine: str, name: str, *changes: str) -> None:
     out = str(DATA / machine / f"pilot-{name}")
     short = {"rounds": 1, "grpo_steps": 10, "ofsd": False, "eval_limit": 0}
     test = {"eval_questions": str(DATA / "validation.jsonl"), "out": out}
-    run_counted(replace(settings(machine, "search-e1", 100), **test, **short | values))
+    with arithmetic(machine):
+        run_counted(replace(settings(machine, "search-e1", 100), **test, **short | values))
 
 
 def run_counted(config: Config) -> None:
     """Train, or go on, and count what is sampled."""
     folder = Path(config.out)
     train_module.rollout = partial(counted, train_module.rollout, folder / "cost.jsonl")
-    train_module.train(config, resume=(folder / "config.json").exists())
+    if begun := (folder / "config.json").exists():
+        config = replace(config, date=read_settings(folder / "config.json").date)
+    train_module.train(config, resume=begun)
 
 
 def counted(rollout, log: Path, *args, progress: str = "", **how):
@@ -156,18 +182,19 @@ def counted(rollout, log: Path, *args, progress: str = "", **how):
     return found
 
 
-def hops(machine: str, *names: str) -> None:
-    """Test models of runs/real/ on the questions of several hops."""
+def test(machine: str, part: str, *names: str) -> None:
+    """Test models of runs/real/ on all questions of a part: test, validation or hops."""
     plan = PLANS[machine]
     how = {name: getattr(plan.settings, name) for name in LIMITS} | {"batch_size": 200}
-    questions = load_questions(str(DATA / "hops.jsonl"))
-    index = open_index(str(DATA / "hops-corpus.jsonl"))
+    questions = load_questions(str(DATA / f"{part}.jsonl"))
+    index = open_index(str(DATA / ("hops-corpus.jsonl" if part == "hops" else "corpus.jsonl")))
     for name in names:
         folder = DATA / machine / name / "model"
         model, tokenizer = load_model(str(folder if folder.exists() else folder.parent))
-        row = evaluate(model, tokenizer, index, questions, progress=name, **how)
+        with arithmetic(machine):
+            row = evaluate(model, tokenizer, index, questions, progress=name, **how)
         print(json.dumps({"model": name, **row}))
-        with open(DATA / machine / "hops.jsonl", "a") as file:
+        with open(DATA / machine / f"tested-{part}.jsonl", "a") as file:
             file.write(json.dumps({"model": name, **row}) + "\n")
 
 
@@ -216,7 +243,7 @@ def figure(out: str, *folders: str) -> None:
             where = row["tokens"], row["em"]
             panels[0].annotate(row["stage"], where, xytext=(5, 5), textcoords="offset points")
     panels[0].set(ylabel="exact match, test questions", ylim=(0, None))
-    panels[1].set(ylabel="searches a question", ylim=(0, 2))
+    panels[1].set(ylabel="searches a question", ylim=(0, 1.3 * panels[1].get_ylim()[1]))
     for axes in panels:
         axes.set(xlabel="tokens sampled and read in training, thousands")
         axes.grid(alpha=0.3)
@@ -226,18 +253,23 @@ def figure(out: str, *folders: str) -> None:
 
 def answers(folder: str) -> None:
     """Write answers.jsonl: for each test question whether its answer is right, whether it has one,
-    and how many queries and different queries were asked. No question and no passage is in it."""
+    whether a right one stood in what was read, and how many queries and different queries were
+    asked. No question and no passage is in it."""
     rows = []
     for row in read_jsonl(Path(folder) / "trajectories.jsonl"):
         if row["kind"] == "eval":
-            counts = {"queries": len(row["queries"]), "different": len({*row["queries"]})}
+            read = [normalize_answer(text) for sampled, text in row["text"] if not sampled]
+            golden = map(normalize_answer, row["golden_answers"])
+            found = any(f" {answer} " in f" {text} " for answer in golden for text in read)
+            counts = {"found": found, "queries": len(row["queries"])}
+            counts["different"] = len({*row["queries"]})
             told = {name: row[name] for name in ("stage", "id", "em")}
             rows.append(told | {"answered": row["answer"] is not None} | counts)
     write(Path(folder) / "answers.jsonl", rows)
 
 
 PARTS = {
-    "data": data, "start": start_model, "pilot": pilot, "train": train_arm, "hops": hops,
+    "data": data, "start": start_model, "pilot": pilot, "train": train_arm, "test": test,
     "table": table, "figure": figure, "answers": answers,
 }  # fmt: skip
 
