@@ -15,6 +15,7 @@ from test_readme import (
     README, check_script_and_flags, check_settings, commands, last_table, scripts,
 )  # fmt: skip
 
+from eval import interval
 from train import COLUMNS
 
 PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}
@@ -278,6 +279,11 @@ def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
     edges = [(short(row["edge_supported"], "+"), row["pairs"]) for row in mined]
     assert "{} over {} pairs before the first".format(*edges[0]) in page
     assert "{} over {} before the second".format(*edges[1]) in page
+    whole = {row["model"]: row for row in rows_of("results/real/cpu/tested-test.jsonl")}
+    ends = {name: "{} ({}-{})".format(*map(short, (row["em"], *interval(row["em"], row["n"]))))
+            for name, row in whole.items()}  # fmt: skip
+    assert f"all 400 test questions the start has {ends['start']} and the last policy" in page
+    assert ends["search-e1-0"] in page and f"GRPO alone ends at {ends['grpo-0']}" in page
     base, *steps = rows_of("results/real/start-24/metrics.jsonl")
     assert f"had {short(base['em'])} of {base['n']} test questions" in page
     assert [row["reward"] for row in steps] == [0, 0]
