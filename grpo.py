@@ -168,14 +168,14 @@ def token_entropies(logits: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- machinery
 
-# Memory. With 151,936 words the logits of 4,000 tokens are 2.4 GB. But a loss is a sum over tokens:
-# they pass the output layer forward and backward in chunks. The model's backward pass is one.
+# Memory. With 151,936 words the logits of 4,000 tokens are 2.4 GB. But a loss is a sum over tokens.
+# So the output layer takes a chunk at a time, forward and backward; the model goes backward once.
 
 CHUNK = 2**25  # logits at a time: 134 MB a copy
 
 def policy_hidden(model, trajectories: list, prompts: list[list[int]] | None = None):
-    """The hidden state that predicts each token of mask 1, one trajectory after another: (N, H).
-    prompts: ids to read in place of the trajectories' own (OFSD's teacher)."""
+    """The hidden states (N, H) that predict the tokens of mask 1, one trajectory after another.
+    prompts: ids in place of their own (OFSD's teacher). On a CPU the caller's autocast holds."""
     prompts = prompts or [t.prompt_ids for t in trajectories]
     rows = [torch.tensor(prompt + t.response_ids) for prompt, t in zip(prompts, trajectories)]
     # The token at position s is predicted at s - 1, so the mask moves one to the left. Rows are

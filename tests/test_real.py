@@ -4,10 +4,12 @@ import gzip
 import json
 
 import pytest
+import torch
 from conftest import ROOT, run_here
 from real import run
 
 from eval import load_questions, normalize_answer
+from train import Config
 
 
 def write_set(folder, name, questions):
@@ -57,6 +59,35 @@ def test_both_arms_have_the_settings_of_the_recipe(machine):
         config = run.settings(machine, arm, seed=3)
         assert config.seed == 3 and config.prompt == run.PLANS[machine].settings.prompt
         assert config.ofsd == (arm == "search-e1") and config.out.endswith(f"{machine}/{arm}-3")
+
+
+def test_a_run_that_goes_on_keeps_its_date_and_the_arithmetic_of_its_plan(tmp_path, monkeypatch):
+    """A date is in some chat templates, and a run may go on after midnight."""
+    seen = []
+
+    def train(config, resume):
+        half = torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+        seen.append((config.date, resume, *half))
+
+    monkeypatch.setattr(run.train_module, "train", train)
+    monkeypatch.setattr(run.train_module, "rollout", None)  # so that its wrapper is undone
+    config = Config(out=str(tmp_path))
+    run.run_counted("cpu", config)
+    (tmp_path / "config.json").write_text('{"date": "2026-01-31"}')
+    run.run_counted("gpu", config)
+    assert seen == [("", False, True, False), ("2026-01-31", True, False, False)]
+
+
+def test_an_answer_that_was_read_is_found_in_the_observation_only(tmp_path):
+    said, read = [1, "<answer> Paris </answer>"], [0, "- Ada: Born in London."]
+    row = {"kind": "eval", "stage": "base", "id": "1", "em": 0.0, "answer": "Paris",
+           "queries": ["Ada", "Ada"], "text": [read, said]}  # fmt: skip
+    rows = [row | {"golden_answers": golden} for golden in (["London!"], ["Paris"])]
+    run.write(tmp_path / "trajectories.jsonl", rows)
+    run.answers(str(tmp_path))
+    told = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [row["found"] for row in told] == [True, False]
+    assert {row["queries"] - row["different"] for row in told} == {1}
 
 
 def test_what_it_does_not_know_is_one_line(monkeypatch, capsys):

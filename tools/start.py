@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, help="passages")
     parser.add_argument("--out", required=True, help="the folder to write, a new one")
     parser.add_argument("--count", type=int, default=400, help="demonstrations")
-    parser.add_argument("--privileged", type=int, default=0, help="of these under OFSD's prompt")
+    parser.add_argument("--privileged", type=int, default=0, help="how many of them show a reference")
     parser.add_argument("--prompt", default="", help="wording of the prompt, with {question} in it")
     parser.add_argument("--k", type=int, default=3, help="passages a search")
     parser.add_argument("--max-searches", type=int, default=4, help="searches a demonstration")

@@ -2,7 +2,7 @@
 
     python results/real/run.py data path/to/sets            # questions and passages; seconds
     python results/real/run.py start cpu smollm2/model      # demonstrations, and the arms' start
-    python results/real/run.py train cpu search-e1 0        # an arm and a seed; once more: resume
+    python results/real/run.py train cpu search-e1 0        # an arm and a seed; again: resumes
     python results/real/run.py train cpu grpo 0
     python results/real/run.py pilot cpu fast grpo_lr=2e-5  # to choose settings by
     python results/real/run.py test cpu test start search-e1-0      # all 400 questions
@@ -66,11 +66,13 @@ class Plan:
 
 CONFIGS = ROOT / "configs"
 PLANS = {
+    # GRPO alone costs nearly what Search-E1 has cost before its second OFSD.
     "cpu": Plan(
         read_settings(CONFIGS / "smollm2-135m-cpu.json"), "found",
         demonstrations=32, privileged=16, batch=4, bfloat16=True,
         alone={"ofsd": False, "grpo_steps": 30},
     ),
+    # Here it costs as many tokens as Search-E1 samples in all.
     "gpu": Plan(
         read_settings(CONFIGS / "smollm2-135m.json"), "train",
         demonstrations=400, privileged=200, batch=8, bfloat16=False,
@@ -131,8 +133,8 @@ def start_model(machine: str, model: str) -> None:
 
 
 def arithmetic(machine: str):
-    """Matrix products on the CPU in bfloat16, where the plan says so; on a GPU they are anyway.
-    Nothing is cached: a weight that was rounded before an update would be an old one after it."""
+    """A context in which matrix products on a CPU are in bfloat16, if the plan says so. On a GPU
+    they are in any case. No rounded weight is kept: after an update it would be an old one."""
     wanted = PLANS[machine].bfloat16
     return torch.autocast("cpu", torch.bfloat16, enabled=wanted, cache_enabled=False)
 
@@ -147,8 +149,7 @@ def settings(machine: str, arm: str, seed: int) -> Config:
 
 
 def train_arm(machine: str, arm: str, seed: str) -> None:
-    with arithmetic(machine):
-        run_counted(settings(machine, arm, int(seed)))
+    run_counted(machine, settings(machine, arm, int(seed)))
 
 
 def pilot(machine: str, name: str, *changes: str) -> None:
@@ -157,17 +158,17 @@ def pilot(machine: str, name: str, *changes: str) -> None:
     out = str(DATA / machine / f"pilot-{name}")
     short = {"rounds": 1, "grpo_steps": 10, "ofsd": False, "eval_limit": 0}
     test = {"eval_questions": str(DATA / "validation.jsonl"), "out": out}
-    with arithmetic(machine):
-        run_counted(replace(settings(machine, "search-e1", 100), **test, **short | values))
+    run_counted(machine, replace(settings(machine, "search-e1", 100), **test, **short | values))
 
 
-def run_counted(config: Config) -> None:
+def run_counted(machine: str, config: Config) -> None:
     """Train, or go on, and count what is sampled."""
     folder = Path(config.out)
     train_module.rollout = partial(counted, train_module.rollout, folder / "cost.jsonl")
     if begun := (folder / "config.json").exists():
         config = replace(config, date=read_settings(folder / "config.json").date)
-    train_module.train(config, resume=begun)
+    with arithmetic(machine):
+        train_module.train(config, resume=begun)
 
 
 def counted(rollout, log: Path, *args, progress: str = "", **how):
