@@ -244,9 +244,8 @@ def trainable(model, lora_rank: int, lr: float) -> torch.optim.AdamW:
 
 def layers_of(model, kind: type) -> list[tuple]:
     """(parent, name, layer) for every layer of this kind in the decoder."""
-    parents = model.base_model.modules()
-    named = [(parent, *child) for parent in parents for child in parent.named_children()]
-    return [(parent, name, layer) for parent, name, layer in named if isinstance(layer, kind)]
+    return [(parent, name, layer) for parent in model.base_model.modules()
+            for name, layer in parent.named_children() if isinstance(layer, kind)]  # fmt: skip
 
 def add_adapters(model, rank: int) -> None:
     """LoRA in every linear layer of the decoder. Only the adapters are trainable then. Raises

@@ -136,10 +136,8 @@ class BM25:
     def scores(self, query: str) -> np.ndarray:
         """The score of every passage for one query: float32, (N,)."""
         scores = np.zeros(self.size, np.float32)
-        for word in words(query):
-            number = self.vocabulary.get(word)
-            if number is None:
-                continue
+        known = [self.vocabulary[word] for word in words(query) if word in self.vocabulary]
+        for number in known:
             if self.column_of[number] >= 0:
                 scores += self.columns[self.column_of[number]]
             else:

@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later it would keep the group, and main() could not end it
 
 from eval import batch_stats, exact_match, load_mixture, load_questions, report, rewards_of, score
 from grpo import check_training, frozen_copy, gather, grpo_step, rank_and_ranks
@@ -428,6 +429,8 @@ def main() -> None:
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
     train(config, resume)
+    if dist.is_initialized():  # its threads must end before Python does, or it may abort
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
     run_script(main)

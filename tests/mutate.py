@@ -25,7 +25,7 @@ FILES = {
 
 MUTANTS = [  # file, what is broken, text in the file, what it becomes
     ("retriever.py", "multiplicity lost",
-        "for word in words(query):", "for word in set(words(query)):"),
+        "for word in words(query) if", "for word in set(words(query)) if"),
     ("retriever.py", "idf without its 1",
         "idf = np.log(1 + (size - df + 0.5)", "idf = np.log((size - df + 0.5)"),
     ("rollout.py", "only the rows are swapped",
