@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+from collections import Counter
 from statistics import mean, pstdev
 
 import make
@@ -248,16 +249,49 @@ def short(value, sign=""):
     return f"{value:{sign}.3f}".replace("0.", ".", 1)
 
 
+def cells_of_test(row):
+    """The cells of a test of a real model, as the page has them."""
+    low, high = map(short, row["interval"])
+    cells = [short(row["em"]), f"{low}-{high}", short(row["f1"]), f"{row['searches']:.2f}"]
+    edges = [row[name] for name in ("edge", "edge_supported", "edge_control") if name in row]
+    cells += [short(row["answered"]), ", ".join(short(edge, "+") for edge in edges)]
+    return f"| {' | '.join(cells)} | {row['tokens']:.0f} K |"
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-longer"])
+def test_the_table_of_a_real_model_has_every_test_of_its_logs(name):
+    page, folder = PAGES["real-models"], ROOT / "results/real" / name
+    both, alone = (run.tests_of(folder / f"{arm}-0") for arm in ("search-e1", "grpo"))
+    for row in both + alone[1:]:
+        assert cells_of_test(row) in page
+
+
+def test_a_stage_that_did_harm_is_told_as_it_went():
+    page, folder = re.sub(r"\s+", " ", PAGES["real-models"]), "results/real/asks-again/search-e1-0"
+    ems = [short(row["em"]) for row in run.tests_of(ROOT / folder)]
+    assert "EM went {} to {} by GRPO and to {} by the first OFSD".format(*ems) in page
+    mined = next(row for row in rows_of(f"{folder}/metrics.jsonl") if row["kind"] == "mining")
+    assert f"been {short(mined['edge_supported'], '+')}, over {mined['pairs']} pairs" in page
+    rows, second = rows_of(f"{folder}/answers.jsonl"), {}
+    for row in rows:
+        counts = second.setdefault(row["stage"], Counter())
+        counts[" ".join(row["turns"][1]) if row["turns"][1:] else ""] += 1
+        counts["repeats"] += row["queries"] > row["different"]
+        counts["answered"] += row["answered"]
+    before, after = second["grpo-1"], second["ofsd-1"]
+    told = "{answer} of the 200 tests answered at once when they had read, {think answer} thought"
+    assert told.format_map(before) in page
+    assert f"and {before['think search']} thought and then searched again" in page
+    assert after["answer"] == 0 and after["repeats"] == 90
+    told = "{think answer} thought and answered, and {think search} thought and searched again"
+    assert told.format_map(after) in page
+    shares = [short(counts["answered"] / 200) for counts in (before, after)]
+    assert "an answer fell from {} to {}".format(*shares) in page
+
+
 def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
-    page, folder = PAGES["real-models"], ROOT / "results/real/cpu"
-    tests = {name: run.tests_of(folder / name) for name in ("search-e1-0", "grpo-0")}
-    for row in [*tests["search-e1-0"], *tests["grpo-0"][1:]]:
-        low, high = map(short, row["interval"])
-        cells = [short(row["em"]), f"{low}-{high}", short(row["f1"]), f"{row['searches']:.2f}"]
-        edges = [row[name] for name in ("edge", "edge_supported", "edge_control") if name in row]
-        cells += [short(row["answered"]), ", ".join(short(edge, "+") for edge in edges)]
-        assert f"| {' | '.join(cells)} | {row['tokens']:.0f} K |" in page
-    page, rows = re.sub(r"\s+", " ", page), rows_of("results/real/cpu/search-e1-0/answers.jsonl")
+    page = re.sub(r"\s+", " ", PAGES["real-models"])
+    rows = rows_of("results/real/cpu/search-e1-0/answers.jsonl")
     stages = {}
     for row in rows:
         stages.setdefault(row["stage"], {})[row["id"]] = row

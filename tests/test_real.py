@@ -79,7 +79,7 @@ def test_a_run_that_goes_on_keeps_its_date_and_the_arithmetic_of_its_plan(tmp_pa
 
 
 def test_an_answer_that_was_read_is_found_in_the_observation_only(tmp_path):
-    said, read = [1, "<answer> Paris </answer>"], [0, "- Ada: Born in London."]
+    said, read = [1, "<think> Hm </think><answer> Paris </answer>"], [0, "- Ada: Born in London."]
     row = {"kind": "eval", "stage": "base", "id": "1", "em": 0.0, "answer": "Paris",
            "queries": ["Ada", "Ada"], "text": [read, said]}  # fmt: skip
     rows = [row | {"golden_answers": golden} for golden in (["London!"], ["Paris"])]
@@ -88,6 +88,7 @@ def test_an_answer_that_was_read_is_found_in_the_observation_only(tmp_path):
     told = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert [row["found"] for row in told] == [True, False]
     assert {row["queries"] - row["different"] for row in told} == {1}
+    assert all(row["turns"] == [["think", "answer"]] for row in told)
 
 
 def test_what_it_does_not_know_is_one_line(monkeypatch, capsys):

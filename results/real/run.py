@@ -11,7 +11,8 @@
     python results/real/run.py figure cpu.png runs/real/cpu/*-0     # the same as a picture
     python results/real/run.py answers runs/real/cpu/search-e1-0    # right or not, without text
 
-In place of "cpu", "gpu" is the same at full length; PLANS below has both.
+In place of "cpu", "cpu-longer" has nearly four times the steps of GRPO, and "gpu" is the full
+length; PLANS below has all three.
 
 data wants a folder with SET/questions.jsonl.gz and SET/corpus.jsonl.gz, in the form that README.md
 describes. Questions that one passage answers come from nq, triviaqa, popqa and squad. Of each set
@@ -20,12 +21,13 @@ found.jsonl are those to train on whose first passage holds an answer. The passa
 are one corpus. Questions of several hops come from hotpotqa and 2wikimultihopqa, 200 of each, and
 are searched in these two sets' passages.
 
-Everything is written to runs/real/. cpu/ and gpu/ beside this file hold the logs of what was run;
+Everything is written to runs/real/. The folders beside this file hold the logs of what was run;
 docs/real-models.md tells what they say.
 """
 
 import json
 import random
+import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +55,7 @@ LIMITS = "max_searches", "k", "max_tokens", "max_turn_tokens", "max_observation_
 
 @dataclass
 class Plan:
-    """What differs between the two machines."""
+    """What differs between the machines."""
 
     settings: Config
     questions: str  # the file to train on
@@ -79,6 +81,10 @@ PLANS = {
         alone={"ofsd": False, "rounds": 1, "grpo_steps": 40},
     ),
 }  # fmt: skip
+LONGER = dict(rounds=3, grpo_steps=42, questions_per_step=8, group_size=6, grpo_lr=5e-5)
+PLANS["cpu-longer"] = replace(
+    PLANS["cpu"], settings=replace(PLANS["cpu"].settings, **LONGER), alone={"ofsd": False}
+)
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -254,8 +260,8 @@ def figure(out: str, *folders: str) -> None:
 
 def answers(folder: str) -> None:
     """Write answers.jsonl: for each test question whether its answer is right, whether it has one,
-    whether a right one stood in what was read, and how many queries and different queries were
-    asked. No question and no passage is in it."""
+    whether a right one stood in what was read, how many queries and different queries were asked,
+    and the tags that each turn opens. No question and no passage is in it."""
     rows = []
     for row in read_jsonl(Path(folder) / "trajectories.jsonl"):
         if row["kind"] == "eval":
@@ -264,6 +270,8 @@ def answers(folder: str) -> None:
             found = any(f" {answer} " in f" {text} " for answer in golden for text in read)
             counts = {"found": found, "queries": len(row["queries"])}
             counts["different"] = len({*row["queries"]})
+            turns = [text for sampled, text in row["text"] if sampled]
+            counts["turns"] = [re.findall("<(think|search|answer)>", text) for text in turns]
             told = {name: row[name] for name in ("stage", "id", "em")}
             rows.append(told | {"answered": row["answer"] is not None} | counts)
     write(Path(folder) / "answers.jsonl", rows)
