@@ -289,21 +289,40 @@ def test_a_stage_that_did_harm_is_told_as_it_went():
     assert "an answer fell from {} to {}".format(*shares) in page
 
 
-def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
-    page = re.sub(r"\s+", " ", PAGES["real-models"])
-    rows = rows_of("results/real/cpu/search-e1-0/answers.jsonl")
+def gains_of(name):
+    """A run's gain from its first test to its last, as the page tells it; and for each stage the EM
+    of the questions whose answer was read."""
     stages = {}
-    for row in rows:
+    for row in rows_of(f"results/real/{name}/answers.jsonl"):
         stages.setdefault(row["stage"], {})[row["id"]] = row
     first, *_, last = stages.values()
     changes = [last[key]["em"] - row["em"] for key, row in first.items()]
-    better, worse = changes.count(1), changes.count(-1)
-    assert f"end {better} of the 200 questions became right and {worse} wrong" in page
     reach = 1.96 * pstdev(changes) / len(changes) ** 0.5
     ends = [short(mean(changes) + sign * reach) for sign in (-1, 1)]
-    told = "{}, with a paired 95 % interval of {} to {}"
-    assert told.format(short(mean(changes), "+"), *ends) in page
-    found = [[row["em"] for row in rows.values() if row["found"]] for rows in stages.values()]
+    told = (
+        f"{changes.count(1)} of the 200 questions became right and {changes.count(-1)} wrong: "
+        f"{short(mean(changes), '+')}, with a paired 95 % interval of {ends[0]} to {ends[1]}"
+    )
+    return told, [[row["em"] for row in rows.values() if row["found"]] for rows in stages.values()]
+
+
+def test_the_longer_run_of_a_real_model_is_told_as_it_went():
+    page = re.sub(r"\s+", " ", PAGES["real-models"])
+    told, found = gains_of("cpu-longer/search-e1-0")
+    assert told in page and f"{short(mean(found[-1]))} are right at the end" in page
+    folder = ROOT / "results/real/cpu-longer"
+    both = [run.tests_of(folder / f"{arm}-0") for arm in ("search-e1", "grpo")]
+    (_, grpo, ofsd, last), (*_, alone) = both
+    assert f"took {last['time_s'] / 60:.0f} minutes" in page
+    assert round(ofsd["em"] - grpo["em"], 3) == 0.025 and round(alone["em"] - grpo["em"], 3) == 0.03
+    share = (ofsd["tokens"] - grpo["tokens"]) / (alone["tokens"] - grpo["tokens"])
+    assert 0.45 < share < 0.55 and "for half the tokens" in page
+
+
+def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
+    page = re.sub(r"\s+", " ", PAGES["real-models"])
+    told, found = gains_of("cpu/search-e1-0")
+    assert told in page
     assert f"read for {min(map(len, found))} to {max(map(len, found))} of the 200" in page
     read = [short(mean(part)) for part in found]
     assert "start answers {} right, and the policies after the four stages".format(read[0]) in page
