@@ -249,6 +249,10 @@ def short(value, sign=""):
     return f"{value:{sign}.3f}".replace("0.", ".", 1)
 
 
+def with_interval(row):
+    return "{} ({}-{})".format(*map(short, (row["em"], *interval(row["em"], row["n"]))))
+
+
 def cells_of_test(row):
     """The cells of a test of a real model, as the page has them."""
     low, high = map(short, row["interval"])
@@ -317,6 +321,25 @@ def test_the_longer_run_of_a_real_model_is_told_as_it_went():
     assert round(ofsd["em"] - grpo["em"], 3) == 0.025 and round(alone["em"] - grpo["em"], 3) == 0.03
     share = (ofsd["tokens"] - grpo["tokens"]) / (alone["tokens"] - grpo["tokens"])
     assert 0.45 < share < 0.55 and "for half the tokens" in page
+    assert 0.75 < alone["tokens"] / last["tokens"] < 0.85 and "at four fifths" in page
+    files = "cpu/tested-test", "cpu-longer/tested-test", "cpu-longer/tested-hops"
+    start, ends, hops = (
+        {row["model"]: row for row in rows_of(f"results/real/{name}.jsonl")} for name in files
+    )
+    start, end = start["start"], ends["search-e1-0"]
+    assert f"Search-E1 ends at {with_interval(end)} and GRPO alone at" in page
+    assert f"alone at {with_interval(ends['grpo-0'])}; the start has {with_interval(start)}" in page
+    assert f"gained {100 * (end['em'] - start['em']):.1f} points" in page
+    assert interval(start["em"], 400)[1] < interval(end["em"], 400)[0]
+    # The 200 questions that were asked only at the end: all 400 without those of the table.
+    unseen = [short(2 * whole["em"] - first["em"])
+              for whole, first in ((start, both[0][0]), (end, last))]  # fmt: skip
+    assert "EM is {} for the start and {} for Search-E1".format(*unseen) in page
+    hops = [hops[name] for name in ("start", "search-e1-0")]
+    told = "have {} for the start and {} for Search-E1"
+    assert told.format(*(short(row["em"]) for row in hops)) in page
+    told = "supports are {} and {}".format(*(short(row["em_supported"]) for row in hops))
+    assert told in page
 
 
 def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
@@ -333,8 +356,7 @@ def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
     assert "{} over {} pairs before the first".format(*edges[0]) in page
     assert "{} over {} before the second".format(*edges[1]) in page
     whole = {row["model"]: row for row in rows_of("results/real/cpu/tested-test.jsonl")}
-    ends = {name: "{} ({}-{})".format(*map(short, (row["em"], *interval(row["em"], row["n"]))))
-            for name, row in whole.items()}  # fmt: skip
+    ends = {name: with_interval(row) for name, row in whole.items()}
     assert f"all 400 test questions the start has {ends['start']} and the last policy" in page
     assert ends["search-e1-0"] in page and f"GRPO alone ends at {ends['grpo-0']}" in page
     base, *steps = rows_of("results/real/start-24/metrics.jsonl")
