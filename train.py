@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later it would keep the group, and main() could not end it
+import torch.distributed.nn  # imported later, it would keep the group that main() has to end
 
 from eval import batch_stats, exact_match, load_mixture, load_questions, report, rewards_of, score
 from grpo import check_training, frozen_copy, gather, grpo_step, rank_and_ranks

@@ -313,7 +313,11 @@ def gains_of(name):
 def test_the_longer_run_of_a_real_model_is_told_as_it_went():
     page = re.sub(r"\s+", " ", PAGES["real-models"])
     told, found = gains_of("cpu-longer/search-e1-0")
-    assert told in page and f"{short(mean(found[-1]))} are right at the end" in page
+    assert f"the last line of Search-E1, {told}" in page
+    assert f"{short(mean(found[-1]))} are right at the end" in page
+    rows = rows_of("results/real/cpu-longer/search-e1-0/answers.jsonl")
+    before = [row["turns"][1:] == [["think", "answer"]] for row in rows if row["stage"] == "grpo-1"]
+    assert f"run {sum(before)} of the 200 tests thought and then answered before" in page
     folder = ROOT / "results/real/cpu-longer"
     both = [run.tests_of(folder / f"{arm}-0") for arm in ("search-e1", "grpo")]
     (_, grpo, ofsd, last), (*_, alone) = both
@@ -345,7 +349,7 @@ def test_the_longer_run_of_a_real_model_is_told_as_it_went():
 def test_the_run_of_a_real_model_on_a_cpu_is_told_as_it_went():
     page = re.sub(r"\s+", " ", PAGES["real-models"])
     told, found = gains_of("cpu/search-e1-0")
-    assert told in page
+    assert f"start to the end {told}" in page
     assert f"read for {min(map(len, found))} to {max(map(len, found))} of the 200" in page
     read = [short(mean(part)) for part in found]
     assert "start answers {} right, and the policies after the four stages".format(read[0]) in page

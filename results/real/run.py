@@ -11,7 +11,7 @@
     python results/real/run.py figure cpu.png runs/real/cpu/*-0     # the same as a picture
     python results/real/run.py answers runs/real/cpu/search-e1-0    # right or not, without text
 
-In place of "cpu", "cpu-longer" has nearly four times the steps of GRPO, and "gpu" is the full
+In place of "cpu", "cpu-longer" has nearly three times the steps of GRPO, and "gpu" is the full
 length; PLANS below has all three.
 
 data wants a folder with SET/questions.jsonl.gz and SET/corpus.jsonl.gz, in the form that README.md

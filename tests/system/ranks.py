@@ -51,7 +51,7 @@ def steps(target: str, lora_rank: int) -> None:
         torch.save({"stats": [*stats, few], "weights": weights}, target)
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of the group that outlives it can abort the process at its end (on Linux seen).
+        # A thread that outlives the group can abort the process at its end. Linux lists them here.
         alive = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
         assert not [name for name in alive if "gloo" in name], alive
 
