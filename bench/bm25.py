@@ -1,24 +1,26 @@
-"""How fast is BM25 in numpy? Side by side with bm25s (numpy and numba back ends) and rank_bm25.
+"""How fast is BM25 in numpy? Side by side with bm25s (numpy, numba) and rank_bm25.
 
     pip install bm25s numba rank_bm25
-    python bench/bm25.py                                   # the micro corpus; half a minute
-    python bench/bm25.py --corpus corpus.jsonl.gz --questions questions.jsonl.gz more.jsonl.gz
+    python -m bench.bm25                              # the micro corpus; half a minute
+    python -m bench.bm25 --corpus corpus.jsonl.gz --questions a.jsonl.gz b.jsonl.gz
 
-Building: each way in a process of its own, from the file to an index that answers, at a quarter,
-a half and the whole of the corpus. Peak memory is the largest resident size above that before
-the build; bytes a posting are those of the saved index without the passages' text.
+Building: each engine in a process of its own, from the file to an index that answers,
+at a quarter, a half and the whole of the corpus. Peak memory is the largest resident
+size above that before the build. Bytes a posting are those of the saved index without
+the text of the passages.
 
-Queries: all ways in this process, taking turns, --repeats times, medians; splitting a query
-into words is in everyone's time. All ways get the same words (words() of retriever.py), k1, b
-and k. bm25s runs its method lucene on one thread; rank_bm25 has no Lucene formula (its BM25Okapi
-is timed) and is slow, so it gets the first --few questions only.
+Queries: all engines in this process, taking turns, --repeats times; medians. All get
+the same words (words() of retriever.py), k1, b and k, and splitting a query into words
+is in everyone's time. bm25s runs its method lucene on one thread. rank_bm25 has no
+Lucene formula (its BM25Okapi is timed). It is slow, so it gets --few questions only.
 
-Equality: for every question, every score of ours against bm25s's, and the best k: equal up to ties.
+Equality: for every question, every score of ours against that of bm25s, and the best k:
+equal up to ties.
 """
 
 import argparse
+import importlib
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,137 +28,236 @@ from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import numpy as np
 
-import numpy as np  # noqa: E402
+from bench.memory import resident
+from machinery.json_lines import read_jsonl
+from machinery.passages import to_passage
+from machinery.questions import load_questions
+from retriever import BM25, words
 
-from bench.memory import resident  # noqa: E402
-from eval import load_questions  # noqa: E402
-from retriever import BM25, read_jsonl, to_passage, words  # noqa: E402
+K1 = 0.9
+B = 0.4
+K = 3
 
-K1, B, K = 0.9, 0.4, 3
+
+# ----------------------------------------------------------------- the engines
+
+
+class Ours:
+    """BM25 of retriever.py."""
+
+    module = "numpy"
+
+    def __init__(self, passages):
+        self.index = BM25(passages, K1, B)
+
+    def ask(self, questions: list[str]) -> None:
+        self.index.search(questions, K)
+
+    def scores(self, question: str) -> np.ndarray:
+        return self.index.scores(question)
+
+
+class Bm25s:
+    """bm25s with its back end of numpy."""
+
+    module = "bm25s"
+    backend = "numpy"
+
+    def __init__(self, passages):
+        bm25s = importlib.import_module("bm25s")
+        self.index = bm25s.BM25(method="lucene", k1=K1, b=B, backend=self.backend)
+        self.index.index([words_of(p) for p in passages], show_progress=False)
+
+    def ask(self, questions: list[str]) -> None:
+        split = [words(question) for question in questions]
+        self.index.retrieve(split, k=K, show_progress=False, n_threads=0)
+
+    def scores(self, question: str) -> np.ndarray:
+        if not words(question):
+            return np.zeros(self.index.scores["num_docs"])
+        return self.index.get_scores(words(question))
+
+
+class Bm25sNumba(Bm25s):
+    """bm25s with its back end of numba, which compiles at the first question."""
+
+    module = "numba"
+    backend = "numba"
+
+
+class RankBm25:
+    """rank_bm25, in another formula."""
+
+    module = "rank_bm25"
+
+    def __init__(self, passages):
+        rank_bm25 = importlib.import_module("rank_bm25")
+        self.index = rank_bm25.BM25Okapi([words_of(p) for p in passages], k1=K1, b=B)
+        self.numbers = range(self.index.corpus_size)
+
+    def ask(self, questions: list[str]) -> None:
+        for question in questions:
+            self.index.get_top_n(words(question), self.numbers, n=K)
+
+
+ENGINES = {
+    "ours": Ours,
+    "bm25s numpy": Bm25s,
+    "bm25s numba": Bm25sNumba,
+    "rank_bm25": RankBm25,
+}
+
+
+def installed() -> dict[str, type]:
+    """The engines that can be imported here."""
+    engines = {}
+    for name, engine in ENGINES.items():
+        try:
+            importlib.import_module(engine.module)
+        except ImportError:
+            print(f"{name} is skipped: {engine.module} is not installed")
+        else:
+            engines[name] = engine
+    return engines
 
 
 def read_corpus(path):
-    """Its passages, one after another."""
+    """The passages of a file, one after another."""
     return read_jsonl(path, to_passage)
 
 
-def build_ours(passages):
-    return BM25(passages, K1, B)
+def words_of(passage) -> list[str]:
+    """The words of a passage and its title."""
+    return words(f"{passage.title} {passage.text}")
 
 
-def build_bm25s(passages, backend: str = "numpy"):
-    import bm25s
-
-    index = bm25s.BM25(method="lucene", k1=K1, b=B, backend=backend)
-    index.index([words(f"{p.title} {p.text}") for p in passages], show_progress=False)
-    return index
+# ----------------------------------------------------------------- building
 
 
-def build_numba(passages):
-    return build_bm25s(passages, "numba")
+class Build(NamedTuple):
+    """What one build took: seconds, and bytes."""
+
+    seconds: float
+    peak: int
+    saved: int  # 0 for an engine that cannot be saved
+    without_text: int
 
 
-def build_rank(passages):
-    from rank_bm25 import BM25Okapi
-
-    return BM25Okapi([words(f"{p.title} {p.text}") for p in passages], k1=K1, b=B)
-
-
-def folder_bytes(folder, without: str = "") -> int:
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files if path.name != without)
-
-
-def measure(build, corpus: str, count: int) -> dict:
-    """In a fresh process: seconds, peak bytes, and what the saved index takes."""
-    if build is not build_ours:
-        build(islice(read_corpus(corpus), 2))  # its imports are not the build's
-    before, began = resident("VmRSS"), time.perf_counter()
-    index = build(islice(read_corpus(corpus), count))
-    result = {"seconds": time.perf_counter() - began, "folder": 0, "index": 0}
-    with tempfile.TemporaryDirectory() as folder:
-        if hasattr(index, "save"):
+def measure(engine: type, corpus: str, count: int) -> Build:
+    """Build from the first passages of a corpus. It is called in a fresh process."""
+    if engine is not Ours:
+        engine(islice(read_corpus(corpus), 2))  # its imports are not the build's
+    before = resident("VmRSS")
+    began = time.perf_counter()
+    index = engine(islice(read_corpus(corpus), count)).index
+    seconds = time.perf_counter() - began
+    saved = 0
+    without_text = 0
+    if hasattr(index, "save"):
+        with tempfile.TemporaryDirectory() as folder:
             index.save(folder)
-            result["folder"] = folder_bytes(folder)
-            result["index"] = folder_bytes(folder, without="texts.npy")
-    return result | {"peak": resident("VmHWM") - before}
+            saved = bytes_in(folder)
+            without_text = saved
+        if isinstance(index, BM25):
+            without_text -= index.texts.nbytes
+    return Build(seconds, resident("VmHWM") - before, saved, without_text)
 
 
-def building(args, ways: dict) -> None:
-    count = sum(1 for _ in read_corpus(args.corpus))
-    postings = sum(len({*words(f"{p.title} {p.text}")}) for p in read_corpus(args.corpus))
+def bytes_in(folder) -> int:
+    """The bytes of all files in a folder."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return sum(path.stat().st_size for path in paths)
+
+
+def compare_building(engines: dict[str, type], corpus: str) -> None:
+    """Build at three sizes, and print what each took."""
+    count = 0
+    postings = 0
+    for passage in read_corpus(corpus):
+        count += 1
+        postings += len(set(words_of(passage)))
     print(f"{count} passages, {postings} postings (pairs of passage and word)")
-    head = f"\n{'build':16}{'passages':>10}{'seconds':>9}{'peak MB':>9}{'saved MB':>10}"
-    print(head + f"{'peak/saved':>12}{'bytes a posting':>17}")
+    print(f"\n{'build':16}{'passages':>10}{'seconds':>9}{'peak MB':>9}", end="")
+    print(f"{'saved MB':>10}{'peak/saved':>12}{'bytes a posting':>17}")
     for part in (4, 2, 1):
-        for name, build in ways.items():
+        for name, engine in engines.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                got = pool.submit(measure, build, args.corpus, count // part).result()
-            line = f"{name:16}{count // part:10}{got['seconds']:9.2f}{got['peak'] / 1e6:9.0f}"
-            if got["folder"]:
-                line += f"{got['folder'] / 1e6:10.0f}{got['peak'] / got['folder']:12.2f}"
-            if got["index"] and part == 1:
-                line += f"{got['index'] / postings:17.1f}"
+                build = pool.submit(measure, engine, corpus, count // part).result()
+            line = f"{name:16}{count // part:10}"
+            line += f"{build.seconds:9.2f}{build.peak / 1e6:9.0f}"
+            if build.saved:
+                line += f"{build.saved / 1e6:10.0f}{build.peak / build.saved:12.2f}"
+            if build.saved and part == 1:
+                line += f"{build.without_text / postings:17.1f}"
             print(line, flush=True)
 
 
-def equality(ours: BM25, peer, questions: list[str]) -> None:
-    """Every score and every ranking; raises nothing, prints what differs."""
-    worst, different = 0.0, 0
+# ----------------------------------------------------------------- queries
+
+
+def compare_scores(ours: Ours, peer: Bm25s, questions: list[str]) -> None:
+    """Every score and every ranking of two engines; prints what differs."""
+    largest = 0.0
+    different = 0
     for question in questions:
-        expected = peer.get_scores(words(question)) if words(question) else np.zeros(ours.size)
-        worst = max(worst, float(np.abs(ours.scores(question) - expected).max()))
-        best = np.sort(expected[expected > 0])[::-1][:K]
-        found = ours.search([question], K)[0]
+        expected = peer.scores(question)
+        largest = max(largest, float(np.abs(ours.scores(question) - expected).max()))
         # Up to ties: at each rank a passage whose score there is that rank's.
-        got = [passage.score for passage in found]
-        different += len(got) != len(best) or not np.allclose(got, best, atol=1e-4, rtol=0)
-    print(f"\n{len(questions)} questions: largest difference of a score to bm25s {worst:.1e}, "
-          f"rankings that differ beyond ties {different}")  # fmt: skip
+        best = np.sort(expected[expected > 0])[::-1][:K]
+        scores = [passage.score for passage in ours.index.search([question], K)[0]]
+        if len(scores) != len(best) or not np.allclose(scores, best, atol=1e-4, rtol=0):
+            different += 1
+    print(
+        f"\n{len(questions)} questions: largest difference of a score to bm25s", end=""
+    )
+    print(f" {largest:.1e}, rankings that differ beyond ties {different}")
 
 
-def querying(args, ways: dict) -> None:
-    questions = [row["question"] for path in args.questions for row in load_questions(path)]
-    index = {name: build(read_corpus(args.corpus)) for name, build in ways.items()}
-    if "bm25s numpy" in index:
-        equality(index["ours"], index["bm25s numpy"], questions)
+def rate(engine, questions: list[str], size: int) -> float:
+    """Questions a second, asked in batches of a size."""
+    began = time.perf_counter()
+    for start in range(0, len(questions), size):
+        engine.ask(questions[start : start + size])
+    return len(questions) / (time.perf_counter() - began)
 
-    def ask(name: str, batch: list[str]) -> None:
-        if name == "ours":
-            index[name].search(batch, K)
-        elif name == "rank_bm25":
-            for question in batch:
-                index[name].get_top_n(words(question), range(index["ours"].size), n=K)
-        else:
-            split = [words(question) for question in batch]
-            index[name].retrieve(split, k=K, show_progress=False, n_threads=0)
 
-    def rate(name: str, size: int) -> float:
-        asked = questions[: args.few] if name == "rank_bm25" else questions
-        began = time.perf_counter()
-        for i in range(0, len(asked), size):
-            ask(name, asked[i : i + size])
-        return len(asked) / (time.perf_counter() - began)
+def compare_queries(engines: dict[str, type], args) -> None:
+    """Ask all engines in turns, and print how fast each answers."""
+    questions = []
+    for path in args.questions:
+        questions += [question["question"] for question in load_questions(path)]
+    built = {}
+    for name, engine in engines.items():
+        built[name] = engine(read_corpus(args.corpus))
+        built[name].ask(questions[:2])  # numba compiles here
+    if "bm25s numpy" in built:
+        compare_scores(built["ours"], built["bm25s numpy"], questions)
 
-    for name in ways:
-        ask(name, questions[:2])  # numba compiles here
-    rates = {(name, size): [] for size in (1, 64) for name in ways}
+    rates = {(name, size): [] for size in (1, 64) for name in built}
     for _ in range(args.repeats):
         for name, size in rates:
-            rates[name, size].append(rate(name, size))
-    head = f"\n{'queries a second':16}{'one by one':>12}{'range':>15}"
-    print(head + f"{'batches of 64':>15}{'range':>15}{'ours is faster by':>20}")
-    for name in ways:
-        line = f"{name:16}"
-        for size, width in ((1, 12), (64, 15)):
-            got = rates[name, size]
-            line += f"{median(got):{width}.0f}{f'{min(got):.0f}-{max(got):.0f}':>15}"
-        ours = {size: median(rates["ours", size]) for size in (1, 64)}
-        ratios = [ours[size] / median(rates[name, size]) for size in (1, 64)]
-        print(f"{line}{ratios[0]:13.2f}, {ratios[1]:.2f}")
+            asked = questions[: args.few] if name == "rank_bm25" else questions
+            rates[name, size].append(rate(built[name], asked, size))
+
+    print(f"\n{'queries a second':16}{'one by one':>12}{'range':>15}", end="")
+    print(f"{'batches of 64':>15}{'range':>15}{'ours is faster by':>20}")
+    for name in built:
+        single = rates[name, 1]
+        batches = rates[name, 64]
+        faster = median(rates["ours", 1]) / median(single)
+        faster_in_batches = median(rates["ours", 64]) / median(batches)
+        print(f"{name:16}{median(single):12.0f}{extent(single):>15}", end="")
+        print(f"{median(batches):15.0f}{extent(batches):>15}", end="")
+        print(f"{faster:13.2f}, {faster_in_batches:.2f}")
+
+
+def extent(values: list[float]) -> str:
+    """The lowest and the highest of some values."""
+    return f"{min(values):.0f}-{max(values):.0f}"
 
 
 def main() -> None:
@@ -166,20 +267,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--few", type=int, default=20, help="questions for rank_bm25")
     args = parser.parse_args()
-    ways = {"ours": build_ours}
-    for name, module, build in (
-        ("bm25s numpy", "bm25s", build_bm25s),
-        ("bm25s numba", "numba", build_numba),
-        ("rank_bm25", "rank_bm25", build_rank),
-    ):
-        try:
-            __import__(module)
-            ways[name] = build
-        except ImportError:
-            print(f"{name} is skipped: {module} is not installed")
+    engines = installed()
     print(f"{os.cpu_count()} cores, numpy {np.__version__}")
-    building(args, ways)
-    querying(args, ways)
+    compare_building(engines, args.corpus)
+    compare_queries(engines, args)
 
 
 if __name__ == "__main__":

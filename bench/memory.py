@@ -1,7 +1,11 @@
-"""What the benchmarks of memory share."""
+"""How much memory this process takes, as the benchmarks measure it. (Linux only.)"""
 
 
 def resident(name: str) -> int:
-    """Bytes of VmRSS (now) or VmHWM (the peak) of this process."""
+    """Bytes of VmRSS (what it holds now) or VmHWM (the most that it held so far)."""
     with open("/proc/self/status") as status:
-        return int(next(line for line in status if line.startswith(name)).split()[1]) * 1024
+        for line in status:
+            if line.startswith(f"{name}:"):
+                kilobytes = line.split()[1]
+                return int(kilobytes) * 1024
+    raise ValueError(f"/proc/self/status has no line {name}")

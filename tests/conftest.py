@@ -1,5 +1,5 @@
-"""Shared by the tests here and in system/: how a script is run within this process, a short run,
-the micro model, a random one of its shape, a corpus of three passages."""
+"""Shared by all tests: how a script is run within this process, a short run, the micro
+model, a random one of its shape, a corpus of three passages."""
 
 import json
 import os
@@ -14,22 +14,32 @@ import pytest
 # No test may depend on a network, and a wrong name should fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from retriever import BM25, Passage, load_corpus, run_script  # noqa: E402
-from rollout import load_model  # noqa: E402
-from train import Config, train  # noqa: E402
+from machinery.models import load_model
+from machinery.passages import Passage, load_corpus
+from machinery.terminal import run_script
+from retriever import BM25
+from train import Config, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = Config(  # the settings of a run of seconds, with both stages
-    rounds=1, grpo_steps=2, questions_per_step=4, group_size=3, ofsd_questions=12, ofsd_epochs=1,
-    ofsd_batch=4, eval_limit=6, grpo_lr=1e-4, force_ofsd=True,
-)  # fmt: skip
+    rounds=1,
+    grpo_steps=2,
+    questions_per_step=4,
+    group_size=3,
+    ofsd_questions=12,
+    ofsd_epochs=1,
+    ofsd_batch=4,
+    eval_limit=6,
+    grpo_lr=1e-4,
+    force_ofsd=True,
+)
 
 
 def exit_status(monkeypatch, main, script, *arguments):
-    """Do what `python script arguments` does, in this process. Returns the exit status."""
+    """Do what `python script arguments` does, in this process. Returns the status."""
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -43,13 +53,13 @@ def exit_status(monkeypatch, main, script, *arguments):
 
 
 def run_here(monkeypatch, capsys, main, script, *arguments):
-    """exit_status from the repository's folder, and what was written to both streams."""
+    """exit_status from the repository's folder, and what both streams got."""
     monkeypatch.chdir(ROOT)
     return exit_status(monkeypatch, main, script, *arguments), *capsys.readouterr()
 
 
 def run_main(monkeypatch, main, script, *arguments, status=0):
-    """What `python script arguments` does, in this process. It must end with this status."""
+    """What `python script arguments` does, in this process, ending with this status."""
     assert exit_status(monkeypatch, main, script, *arguments) == status
 
 
@@ -77,7 +87,7 @@ def steps_of(folder, stage):
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """The folder of a run with the settings SMALL. Change nothing in it: it is shared."""
+    """The folder of a run with the settings SMALL. It is shared: change nothing."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     assert train(replace(SMALL, out=str(folder))) == folder
     return folder
@@ -108,13 +118,16 @@ def small_model(tokenizer):
 
     def make(kind, **more):
         torch.manual_seed(0)
-        sizes = dict(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            max_position_embeddings=512,
-        )  # fmt: skip
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 512,
+        }
         if kind == "gpt2":
-            sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=512)
-        sizes |= dict(vocab_size=len(tokenizer), initializer_range=0.2)
+            sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+        sizes |= {"vocab_size": len(tokenizer), "initializer_range": 0.2}
         config = AutoConfig.for_model(kind, **sizes, **more)
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None
         return AutoModelForCausalLM.from_config(config).eval()
@@ -131,20 +144,22 @@ def micro_index():
 def three():
     """An index of three passages."""
     ada = "Ada Lovelace wrote about the Analytical Engine of Charles Babbage."
-    return BM25([
-        Passage("0", "Ada Lovelace", ada),
-        Passage("1", "Charles Babbage", "Charles Babbage was born in London."),
-        Passage("2", "London", "London lies on the Thames."),
-    ])  # fmt: skip
+    return BM25(
+        [
+            Passage("0", "Ada Lovelace", ada),
+            Passage("1", "Charles Babbage", "Charles Babbage was born in London."),
+            Passage("2", "London", "London lies on the Thames."),
+        ]
+    )
 
 
 @pytest.fixture
 def command():
-    """Run a script of the repository as a process of its own, which takes seconds only to start:
-    for what a call of its main() cannot show. Returns the finished process, with its text."""
+    """Run a script as a process of its own, which takes seconds only to start: for what
+    a call of its main() cannot show. Returns the finished process, with its text."""
 
     def run(*args, cwd=ROOT):
-        how = dict(cwd=cwd, capture_output=True, text=True, timeout=600)
+        how = {"cwd": cwd, "capture_output": True, "text": True, "timeout": 600}
         return subprocess.run([sys.executable, *map(str, args)], **how)
 
     return run

@@ -1,25 +1,29 @@
-"""ofsd.py: every case of the mining rule, the privileged prompt, and the divergences in numbers."""
+"""ofsd.py: every case of mining, the privileged prompt, the divergences in numbers."""
 
-import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
-import grpo
-from grpo import backward_in_chunks, policy_hidden, response_logits, to_logits
+from machinery.passages import Passage
+from machinery.text import TAGS, chat_ids, decode, encode
 from ofsd import (
-    PRIVILEGED, LoRA, Pair, add_adapters, difference, distill_loss, divergences, layers_of,
-    merge_adapters, mine_pair, mine_pairs, ofsd_step, privileged_prompt, spans, token_divergences,
-)  # fmt: skip
-from retriever import Passage
-from rollout import (
-    TAGS, Trajectory, chat_ids, context_length, decode, encode, observation_ids, standard_prompt,
-)  # fmt: skip
-from train import Config
+    PRIVILEGED,
+    difference,
+    distill_loss,
+    divergences,
+    mine_group,
+    mine_pair,
+    mine_pairs,
+    privileged_prompt,
+)
+from rollout import Trajectory, context_length, observation_ids, standard_prompt
 
-P, Q = (0.6, 0.3, 0.1), (0.2, 0.3, 0.5)  # what teacher and student think of three words
+P, Q = (
+    (0.6, 0.3, 0.1),
+    (0.2, 0.3, 0.5),
+)  # what teacher and student think of three entries
 
 
 def asked(*queries):
@@ -31,7 +35,9 @@ def asked(*queries):
 
 def test_reference_is_the_correct_one_with_the_fewest_searches():
     group = [asked("a"), asked("a", "b", "c"), asked("a", "b"), asked("a", "b")]
-    assert mine_pair(group, [0, 1, 1, 1])[0] is group[2]  # the tie with 3 goes to the lower index
+    assert (
+        mine_pair(group, [0, 1, 1, 1])[0] is group[2]
+    )  # the tie with 3 goes to the lower index
 
 
 def test_a_wrong_student_is_preferred_however_alike():
@@ -42,8 +48,15 @@ def test_a_wrong_student_is_preferred_however_alike():
 def test_among_wrong_ones_the_difference_in_searches_decides_then_the_words():
     group = [asked("ada mother"), asked("other words"), asked("a", "b", "c"), asked()]
     assert mine_pair(group, [1, 0, 0, 0])[1] is group[2]  # 2 apart against 0 and 1
-    group = [asked("ada mother"), asked("Mother ADA"), asked("ada father"), asked("ada king")]
-    assert mine_pair(group, [1, 0, 0, 0])[1] is group[2]  # overlap 1/3, as index 3: the lower one
+    group = [
+        asked("ada mother"),
+        asked("Mother ADA"),
+        asked("ada father"),
+        asked("ada king"),
+    ]
+    assert (
+        mine_pair(group, [1, 0, 0, 0])[1] is group[2]
+    )  # overlap 1/3, as index 3: the lower one
     assert mine_pair(group[:2], [1, 0])[1] is group[1]
 
 
@@ -61,9 +74,28 @@ def test_no_correct_and_no_contrast_give_no_pair():
 
 
 def test_difference_worked_by_hand():
-    assert difference(asked("Ada's mother"), asked("ada father")) == (0, pytest.approx(1 - 1 / 4))
+    searches, overlap = difference(asked("Ada's mother"), asked("ada father"))
+    assert searches == 0 and overlap == pytest.approx(1 - 1 / 4)
     assert difference(asked(), asked()) == (0, 0.0)  # two empty sets overlap wholly
     assert difference(asked("a"), asked("b", "c")) == (1, 1.0)
+
+
+def test_several_students_are_the_most_different_first_and_wrong_ones_before_right():
+    group = [asked("a"), asked("a b"), asked("x", "y"), asked("a", "b"), asked("a")]
+    correct = [True, False, False, True, True]
+    reference, students = mine_group(group, correct, students=9)
+    assert reference is group[0]
+    # Wrong ones: a search more, and half of the words. Then the right one that differs;
+    # the last trajectory searches as the reference does.
+    assert [group.index(student) for student in students] == [2, 1, 3]
+    assert mine_group(group, correct, students=2).students == students[:2]
+    assert mine_pair(group, correct) == (reference, students[0])
+
+
+@pytest.mark.parametrize("reward", [0.1, -0.1, 2, math.nan])
+def test_a_pair_by_rewards_wants_rewards_that_say_what_is_correct(reward):
+    with pytest.raises(ValueError, match="rewards of 0 and 1"):
+        mine_pair([asked("a"), asked("b")], [1, reward])
 
 
 # ---------------------------------------------------------------- the privileged prompt
@@ -71,8 +103,11 @@ def test_difference_worked_by_hand():
 
 @pytest.fixture
 def reference(tokenizer):
-    """A correct trajectory: a search that found two passages, an answer, and the stop token."""
-    found = [Passage("0", "Long", "many words " * 60), Passage("1", "Short", "just this")]
+    """A correct one: a search that found two passages, an answer, the stop token."""
+    found = [
+        Passage("0", "Long", "many words " * 60),
+        Passage("1", "Short", "just this"),
+    ]
     first = encode(tokenizer, "<think> hm</think>\n<search> Ada</search>")
     last = encode(tokenizer, "<think> so</think>\n<answer> Ada</answer>")
     last += [tokenizer.eos_token_id]
@@ -83,23 +118,23 @@ def reference(tokenizer):
     return trajectory
 
 
-def test_spans_are_by_author(tokenizer, reference):
-    assert [sampled for sampled, _ in spans(reference)] == [True, False, True]
-    assert sum((ids for _, ids in spans(reference)), []) == reference.response_ids
-    assert list(spans(Trajectory("?", []))) == []
-
-
-def test_both_prompts_end_in_the_same_header_and_the_reference_is_whole(tokenizer, reference):
+def test_both_prompts_end_in_the_same_header_and_the_reference_is_whole(
+    tokenizer, reference
+):
     privileged = privileged_prompt(tokenizer, "Who wrote it?", reference, 1000)
     text = decode(tokenizer, privileged)
-    standard = decode(tokenizer, chat_ids(tokenizer, standard_prompt(tokenizer, "Who wrote it?")))
+    standard = decode(
+        tokenizer, chat_ids(tokenizer, standard_prompt(tokenizer, "Who wrote it?"))
+    )
     header = "<|im_end|>\n<|im_start|>assistant\n"
     assert text.endswith(header) and standard.endswith(header)
     # The reference's own stop token is harmless.
     assert text.count("<|im_end|>") == text.count("<|im_start|>") - 1 == 1
     assert "<answer> Ada</answer>(|im_end|)" in text
     assert "Who wrote it?" in text and "many words " * 59 in text
-    places = [text.index(part) for part in ("<think> hm</think>", "- Long:", "<answer> Ada")]
+    places = [
+        text.index(part) for part in ("<think> hm</think>", "- Long:", "<answer> Ada")
+    ]
     assert places == sorted(places)
 
 
@@ -111,8 +146,13 @@ def test_too_long_a_reference_loses_passage_words_longest_first_and_nothing_else
     text = decode(tokenizer, cut)
     assert len(whole) - 60 <= len(cut) <= len(whole) - 50
     assert "Short: just this" in text and "- Long: many words" in text
-    own = ("Who wrote it?", "<think> hm</think>\n<search> Ada</search>", "<information>",
-           "</information>", "<think> so</think>\n<answer> Ada</answer>")  # fmt: skip
+    own = (
+        "Who wrote it?",
+        "<think> hm</think>\n<search> Ada</search>",
+        "<information>",
+        "</information>",
+        "<think> so</think>\n<answer> Ada</answer>",
+    )
     assert all(kept in text for kept in own)
     # With every word of the passages gone it is as short as it gets.
     shown = (
@@ -132,10 +172,14 @@ def test_as_much_of_the_passages_as_fits_is_kept(tokenizer, reference):
     last = "<think> so</think>\n<answer> Ada</answer>"
     forms = []
     for budget in range(120):
-        seen = decode(tokenizer, observation_ids(tokenizer, reference.passages[0], budget))
+        seen = decode(
+            tokenizer, observation_ids(tokenizer, reference.passages[0], budget)
+        )
         shown = first + seen + last + "(|im_end|)"
         prompt = standard_prompt(tokenizer, "Who?")
-        forms.append(chat_ids(tokenizer, PRIVILEGED.format(prompt=prompt, reference=shown)))
+        forms.append(
+            chat_ids(tokenizer, PRIVILEGED.format(prompt=prompt, reference=shown))
+        )
     for room in range(len(forms[0]), len(forms[-1]), 5):
         found = privileged_prompt(tokenizer, "Who?", reference, room)
         assert found in forms
@@ -143,21 +187,28 @@ def test_as_much_of_the_passages_as_fits_is_kept(tokenizer, reference):
 
 
 def test_each_observation_of_the_reference_is_cut_to_passages_of_its_own(tokenizer):
-    """Two searches: each observation holds what its own search found, before and after a cut."""
+    """Two searches. Each observation holds what its own search found, cut or not."""
     trajectory = Trajectory("Who?", [], queries=["a", "b"], answer="x")
     for title, turn in (("One", "<search> a</search>"), ("Two", "<search> b</search>")):
         found = [Passage("0", title, "many words " * 30)]
         trajectory.extend(said := encode(tokenizer, turn), [-1.0] * len(said))
         trajectory.extend(observation_ids(tokenizer, found, 512))
         trajectory.passages.append(found)
-    trajectory.extend(said := encode(tokenizer, "<answer> x</answer>"), [-1.0] * len(said))
+    trajectory.extend(
+        said := encode(tokenizer, "<answer> x</answer>"), [-1.0] * len(said)
+    )
     whole = privileged_prompt(tokenizer, "Who?", trajectory, 1000)
     cut = privileged_prompt(tokenizer, "Who?", trajectory, len(whole) - 40)
     assert len(cut) <= len(whole) - 40
     for ids in (whole, cut):
         text = decode(tokenizer, ids)
-        parts = ("<search> a</search>", "- One: many words many", "<search> b</search>",
-                 "- Two: many words many", "<answer> x</answer>")  # fmt: skip
+        parts = (
+            "<search> a</search>",
+            "- One: many words many",
+            "<search> b</search>",
+            "- Two: many words many",
+            "<answer> x</answer>",
+        )
         places = [text.index(part) for part in parts]
         assert places == sorted(places)
 
@@ -170,31 +221,55 @@ def test_the_reference_may_hold_tags(tokenizer, reference):
 def test_pairs_of_several_questions_and_why_others_gave_none(micro, reference):
     model, tokenizer = micro
     wrong = replace(reference, answer="Eve", queries=["Eve"])
-    questions = [{"id": str(i), "question": f"Who is {i}?"} for i in range(4)]
+    questions = []
+    for i in range(4):
+        asks = f"Who is {i}?"
+        questions.append({"id": str(i), "question": asks, "golden_answers": ["Ada"]})
     groups = [reference, wrong, wrong, wrong, reference, reference, wrong, reference]
-    rewards = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    # What is correct is exact match, whatever the rewards say.
+    rewards = [0.3, 0.1, -0.1, 0.2, 1.0, 1.0, 0.0, -1.0]
     pairs, counts = mine_pairs(model, tokenizer, questions, groups, rewards, 1000)
     assert counts == {"pairs": 2, "no_correct": 1, "no_contrast": 1, "too_long": 0}
     assert [pair.question for pair in pairs] == [questions[0], questions[3]]
-    for pair, text in zip(pairs, ("Who is 0?", "Who is 3?")):
+    for pair, text in zip(pairs, ("Who is 0?", "Who is 3?"), strict=True):
         assert pair.reference is reference and pair.student is wrong
         assert pair.prompt == privileged_prompt(tokenizer, text, reference, 1000)
-    assert [pair.rewards for pair in pairs] == [[1.0, 0.0], [0.0, 1.0]]
+    assert [pair.rewards for pair in pairs] == [[0.3, 0.1], [0.0, -1.0]]
+
+
+def test_a_question_may_give_several_pairs(micro, reference):
+    model, tokenizer = micro
+    wrong = replace(reference, answer="Eve")
+    group = [reference]
+    group += [replace(wrong, queries=[query]) for query in ("Eve", "Adam", "Ada")]
+    question = {"id": "q", "question": "Who?", "golden_answers": ["Ada"]}
+    rewards = [1.0, 0.0, 0.0, 0.0]
+    for students in (1, 2, 3, 9):
+        pairs, counts = mine_pairs(
+            model, tokenizer, [question], group, rewards, 1000, students
+        )
+        assert counts["pairs"] == len(pairs) == min(students, 3)
+        for pair, student in zip(pairs, group[1:], strict=False):
+            assert pair.reference is reference and pair.student is student
 
 
 def test_a_privileged_prompt_leaves_room_for_the_response(micro, reference):
-    """In the model's context, the privileged prompt and the student's response stand together."""
+    """The model's context holds the privileged prompt and the student's response."""
     model, tokenizer = micro
     whole = len(privileged_prompt(tokenizer, "Who?", reference, 1000))
-    mine = lambda response, most=1000: mine_pairs(
-        model, tokenizer, [{"question": "Who?"}],
-        [reference, Trajectory("Who?", [], [5] * response, [1] * response)], [1.0, 0.0], most,
-    )  # fmt: skip
+    question = {"question": "Who?", "golden_answers": ["Ada"]}
+
+    def mine(length, most=1000):
+        long = Trajectory("Who?", [], [5] * length, [1] * length)
+        group = [reference, long]
+        return mine_pairs(model, tokenizer, [question], group, [1.0, 0.0], most)
+
     for room in (whole, whole - 50):  # the context has so much left for the prompt
         pairs, counts = mine(context_length(model) - room)
         assert counts["pairs"] == 1 and counts["too_long"] == 0
         assert room - 10 <= len(pairs[0].prompt) <= room
-    assert len(mine(10, most=whole - 50)[0][0].prompt) <= whole - 50  # the setting is a limit, too
+    # The setting is a limit, too.
+    assert len(mine(10, most=whole - 50)[0][0].prompt) <= whole - 50
     pairs, counts = mine(context_length(model) - 30)
     assert pairs == [] and counts["too_long"] == 1 and counts["pairs"] == 0
 
@@ -203,7 +278,8 @@ def test_a_privileged_prompt_leaves_room_for_the_response(micro, reference):
 
 
 def loss_and_gradient(teacher=P, student=Q, **how):
-    logits = torch.tensor([[student]], dtype=torch.float64).log().requires_grad_()  # (1, 1, 3)
+    logits = torch.tensor([[student]], dtype=torch.float64).log()  # (1, 1, 3)
+    logits.requires_grad_()
     wanted = torch.tensor([[teacher]], dtype=torch.float64).log()  # (1, 1, 3)
     loss = distill_loss(logits, wanted, torch.ones(1, 1), **how)
     loss.backward()
@@ -248,16 +324,16 @@ def test_gradients_equal_the_closed_forms_in_float64(kind):
 
 
 def test_the_papers_clip_reverses_the_correction():
-    """Clipped words A = {d_v <= tau} keep their terms, the others are constant. With P_A the
-    teacher's mass on A the logit gradient is P_A q_i - p_i [i in A]: here A = {1, 2}, P_A = .4,
-    (.4 * .2, .4 * .3 - .3, .4 * .5 - .1). The exact gradient raises word 0, which the teacher
-    prefers (-.4); the clipped one lowers it (+.08)."""
+    """The entries A = {d_v <= tau} keep their terms, and the others are constant. With
+    P_A the teacher's mass on A the logit gradient is P_A q_i - p_i [i in A]: here
+    A = {1, 2}, P_A = .4, (.4 * .2, .4 * .3 - .3, .4 * .5 - .1). The exact gradient
+    raises entry 0, which the teacher prefers (-.4). The clipped one lowers it."""
     value, gradient = loss_and_gradient(clip="entry", tau=0.05)
     assert value == pytest.approx(-0.110944, abs=1e-6)  # below zero: no divergence
     assert gradient == pytest.approx([0.08, -0.18, 0.10])
     assert loss_and_gradient()[1][0] < 0 < gradient[0]
-    # One step of SGD on the logits, then. The teacher gives word 0 a probability of .6, the
-    # student one of .2: without a clip it rises, and with the paper's it falls.
+    # One step of SGD on the logits, then. The teacher gives entry 0 a probability of
+    # .6, the student one of .2: without a clip it rises, with the paper's it falls.
     after = {}
     for clip in ("none", "entry"):
         logits = torch.tensor([[Q]], dtype=torch.float64).log().requires_grad_()
@@ -267,7 +343,8 @@ def test_the_papers_clip_reverses_the_correction():
         optimizer.step()
         after[clip] = logits.softmax(-1)[0, 0, 0].item()
     assert after["entry"] < Q[0] < after["none"] < P[0]
-    # By hand: the logits are ln q minus half the gradient, so q_i is multiplied by e^(-g_i / 2).
+    # By hand: the logits are ln q minus half the gradient, so q_i is multiplied by
+    # e^(-g_i / 2).
     none = 0.2 * math.exp(0.2), 0.3, 0.5 * math.exp(-0.2)
     entry = 0.2 * math.exp(-0.04), 0.3 * math.exp(0.09), 0.5 * math.exp(-0.05)
     assert after["none"] == pytest.approx(none[0] / sum(none))
@@ -279,7 +356,9 @@ def test_the_clip_by_position_keeps_the_direction():
     value, gradient = loss_and_gradient(clip="position", tau=0.05)
     assert value == pytest.approx(0.05)
     assert gradient == pytest.approx([0.05 / exact * g for g in direction])
-    value, gradient = loss_and_gradient(clip="position", tau=1.0)  # too high to do anything
+    value, gradient = loss_and_gradient(
+        clip="position", tau=1.0
+    )  # too high to do anything
     assert value == pytest.approx(exact) and gradient == pytest.approx(direction)
 
 
@@ -298,7 +377,11 @@ def test_names_are_checked():
 
 def random_logits(seed=0):
     torch.manual_seed(seed)
-    return torch.randn(5, 6, 8).double(), torch.randn(5, 6, 8).double(), torch.randint(0, 2, (5, 6))
+    return (
+        torch.randn(5, 6, 8).double(),
+        torch.randn(5, 6, 8).double(),
+        torch.randint(0, 2, (5, 6)),
+    )
 
 
 def test_no_gradient_into_the_teacher_and_none_into_information_tokens():
@@ -329,8 +412,10 @@ def test_all_masked_is_zero_with_a_graph():
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_a_word_that_is_impossible_for_both_adds_nothing(kind):
-    with_word = [torch.tensor([[[*values, 0.0]]], dtype=torch.float64).log() for values in (Q, P)]
+def test_an_entry_that_is_impossible_for_both_adds_nothing(kind):
+    with_word = [
+        torch.tensor([[[*values, 0.0]]], dtype=torch.float64).log() for values in (Q, P)
+    ]
     with_word[0].requires_grad_()
     loss = distill_loss(*with_word, torch.ones(1, 1), kind=kind)
     loss.backward()
@@ -362,9 +447,13 @@ def test_equal_distributions_have_no_divergence_and_it_is_never_negative():
 @pytest.mark.parametrize("clip", ["none", "position"])
 def test_neither_padding_nor_order_changes_loss_or_gradient(kind, clip):
     student, teacher, mask = random_logits()
-    order, results = torch.tensor([4, 2, 0, 1, 3]), []
+    order = torch.tensor([4, 2, 0, 1, 3])
+    results = []
     for pad, rows in ((0, torch.arange(5)), (3, order)):
-        pad_by = lambda x: torch.nn.functional.pad(x, (0, 0, 0, pad), value=7.0)
+
+        def pad_by(x, pad=pad):
+            return torch.nn.functional.pad(x, (0, 0, 0, pad), value=7.0)
+
         padded = [pad_by(x)[rows] for x in (student, teacher)]
         padded[0].requires_grad_()
         padded_mask = torch.nn.functional.pad(mask, (0, pad))[rows]
@@ -375,13 +464,19 @@ def test_neither_padding_nor_order_changes_loss_or_gradient(kind, clip):
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-12, atol=1e-18)
 
 
-def test_a_word_that_is_impossible_for_one_of_the_two():
-    """p = (.5, .5, 0) and q = (.2, 0, .8), and the other way round: KL is infinite where the first
-    holds a word that the second excludes, finite in the other direction, and JSD is always finite:
-    m = (.35, .25, .4), JSD = (.5 ln(.5/.35) + .5 ln(.5/.25) + .2 ln(.2/.35) + .8 ln(.8/.4)) / 2."""
-    logits = lambda *values: torch.tensor([[values]], dtype=torch.float64).log()  # (1, 1, 3)
-    p, q = logits(0.5, 0.5, 0.0), logits(0.2, 0.0, 0.8)
-    ones, student = torch.ones(1, 1), q.clone().requires_grad_()
+def test_an_entry_that_is_impossible_for_one_of_the_two():
+    """p = (.5, .5, 0) and q = (.2, 0, .8), and the other way round. KL is infinite
+    where the first holds an entry that the second excludes, and else it is finite.
+    JSD is always finite: m = (.35, .25, .4), so it is half of
+    .5 ln(.5/.35) + .5 ln(.5/.25) + .2 ln(.2/.35) + .8 ln(.8/.4)."""
+
+    def logits(*values):
+        return torch.tensor([[values]], dtype=torch.float64).log()  # (1, 1, 3)
+
+    p = logits(0.5, 0.5, 0.0)
+    q = logits(0.2, 0.0, 0.8)
+    ones = torch.ones(1, 1)
+    student = q.clone().requires_grad_()
     loss = distill_loss(student, p, ones)
     loss.backward()
     assert loss.item() == math.inf
@@ -397,57 +492,9 @@ def test_a_word_that_is_impossible_for_one_of_the_two():
     # One that only the student's excess excludes: .5 ln(.5/.2) + .5 ln(.5/.2)
     one, two = logits(0.5, 0.5, 0.0), logits(0.2, 0.2, 0.6)
     assert distill_loss(two, one, ones).item() == pytest.approx(math.log(2.5))
-    assert distill_loss(one, two, ones, kind="reverse_kl").item() == pytest.approx(math.log(2.5))
-
-
-PAIRS = [
-    Pair({}, Trajectory("", []), Trajectory("", [3], [10, 11, 12], [1, 1, 0]), [3, 8, 9], []),
-    Pair({}, Trajectory("", []), Trajectory("", [4, 5], [13, 14, 15], [0, 1, 1]), [4, 5, 6], []),
-]
-
-
-def plain_loss(model, teacher, **how):
-    """distill_loss of PAIRS, from a plain forward pass for each prompt."""
-    students = [response_logits(model, pair.student) for pair in PAIRS]
-    with torch.no_grad():
-        privileged = [replace(pair.student, prompt_ids=pair.prompt) for pair in PAIRS]
-        teachers = [response_logits(teacher, row) for row in privileged]
-    mask = torch.tensor([pair.student.loss_mask for pair in PAIRS])  # (2, 3)
-    return distill_loss(torch.stack(students), torch.stack(teachers), mask, **how)
-
-
-def test_divergences_in_chunks_are_those_of_the_plain_formula(random_model, monkeypatch):
-    model, how = random_model, dict(kind="jsd", clip="position", tau=0.01)
-    plain = plain_loss(model, model, **how)
-    plain.backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    monkeypatch.setattr(grpo, "CHUNK", 3 * model.config.vocab_size)
-    with torch.no_grad():
-        prompts = [pair.prompt for pair in PAIRS]
-        teacher_hidden = policy_hidden(model, [pair.student for pair in PAIRS], prompts)
-    hidden = policy_hidden(model, [pair.student for pair in PAIRS])
-
-    def loss(logits, read):
-        value = divergences(logits, to_logits(model, read).detach(), **how).sum() / 4
-        return value, {"loss": value.item()}
-
-    stats = backward_in_chunks(model, loss, hidden, teacher_hidden)
-    assert len(stats) == 2  # 4 positions, 3 at a time
-    assert sum(its["loss"] for its in stats) == pytest.approx(plain.item(), rel=1e-5)
-    for p, gradient in zip(model.parameters(), expected):
-        assert (p.grad - gradient).norm() < 1e-5 * gradient.norm()
-
-
-def test_the_divergence_of_each_token_to_look_at(random_model):
-    student = PAIRS[1].student
-    privileged = replace(student, prompt_ids=PAIRS[1].prompt)
-    values = token_divergences(random_model, PAIRS[1])
-    with torch.no_grad():
-        logits = response_logits(random_model, student), response_logits(random_model, privileged)
-    expected = divergences(*logits)  # forward KL
-    assert values[0] is None and values[1:] == pytest.approx(expected[1:].tolist(), rel=1e-4)
-    assert min(values[1:]) > 0.0
+    assert distill_loss(one, two, ones, kind="reverse_kl").item() == pytest.approx(
+        math.log(2.5)
+    )
 
 
 def test_parity_with_trls_self_distillation():
@@ -458,128 +505,3 @@ def test_parity_with_trls_self_distillation():
         theirs = loss(student, teacher, distillation_alpha=alpha)
         ours = divergences(student.flatten(0, 1), teacher.flatten(0, 1), kind=kind)
         assert torch.allclose(ours, theirs.flatten(), atol=1e-6)
-
-
-# ---------------------------------------------------------------- LoRA
-
-PROBE = Trajectory("", [5, 6], [7, 8, 9], [1, 1, 1])
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return response_logits(model, PROBE)
-
-
-def adapters_of(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def train_a_little(model):
-    optimizer = torch.optim.SGD(adapters_of(model), lr=0.5)
-    for _ in range(3):
-        response_logits(model, PROBE)[:, 4].mean().neg().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def test_untrained_adapters_change_nothing(random_model, monkeypatch):
-    before = logits_of(random_model)
-    add_adapters(random_model, 4)
-    # So the student equals the teacher, if they have the same prompt.
-    assert torch.equal(logits_of(random_model), before)
-    monkeypatch.setattr(LoRA, "on", False)
-    assert torch.equal(logits_of(random_model), before)
-
-
-def test_only_the_adapters_are_trained_and_off_is_the_model_before(random_model, monkeypatch):
-    before = logits_of(random_model)
-    weights = {name: p.clone() for name, p in random_model.named_parameters()}
-    add_adapters(random_model, 4)
-    # 4 layers of seven products: q, o (128 x 128), k, v (128 x 64), gate, up, down (128 x 512)
-    numbers = 2 * 256 + 2 * 192 + 3 * 640
-    assert sum(p.numel() for p in adapters_of(random_model)) == 4 * 4 * numbers
-    train_a_little(random_model)
-    assert not torch.allclose(logits_of(random_model), before, atol=1e-2)
-    monkeypatch.setattr(LoRA, "on", False)
-    assert torch.equal(logits_of(random_model), before)
-    frozen = {
-        name.replace(".linear.", "."): p
-        for name, p in random_model.named_parameters() if not p.requires_grad
-    }  # fmt: skip
-    assert frozen.keys() == weights.keys()
-    assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in frozen.items())
-
-
-def test_adapters_are_the_same_on_every_device_and_differ_from_layer_to_layer(small_model):
-    """Each device adds them for itself, whatever it drew before."""
-    found = []
-    for seed in (1, 2):
-        model = small_model("llama")
-        torch.manual_seed(seed)
-        add_adapters(model, 4)
-        found.append([lora.A for _, _, lora in layers_of(model, LoRA)])
-    assert len(found[0]) == 14 and all(map(torch.equal, *found))
-    assert not torch.equal(found[0][0], found[0][1])
-
-
-def test_the_merged_model_equals_the_adapted_one(random_model, monkeypatch):
-    embedding = random_model.get_input_embeddings().weight.clone()
-    names = [name for name, _ in random_model.named_parameters()]
-    add_adapters(random_model, 4)
-    train_a_little(random_model)
-    adapted = logits_of(random_model)
-    merge_adapters(random_model)
-    assert torch.allclose(logits_of(random_model), adapted, atol=1e-5)
-    assert [name for name, _ in random_model.named_parameters()] == names
-    assert layers_of(random_model, LoRA) == []
-    assert all(p.requires_grad for p in random_model.parameters())
-    assert torch.equal(random_model.get_input_embeddings().weight, embedding)
-    # The next round begins from the merged weights.
-    add_adapters(random_model, 4)
-    monkeypatch.setattr(LoRA, "on", False)
-    assert torch.allclose(logits_of(random_model), adapted, atol=1e-5)
-
-
-def test_a_merge_in_bfloat16_would_lose_a_small_update(random_model):
-    add_adapters(random_model, 4)
-    _, _, lora = layers_of(random_model, LoRA)[0]
-    with torch.no_grad():
-        lora.B.normal_(std=1e-5)
-    update, linear = 2 * lora.B @ lora.A, lora.linear
-    before, half = linear.weight.clone(), linear.weight.bfloat16()
-    merge_adapters(random_model)
-    assert linear.weight.dtype == torch.float32
-    assert torch.allclose(linear.weight - before, update, atol=1e-8)
-    lost = (half + update.bfloat16() == half).float().mean()
-    assert lost > 0.95  # of 8 bits of mantissa nothing is left for a change of a ten-thousandth
-
-
-def test_a_model_without_linear_layers_is_refused(small_model):
-    model = small_model("gpt2")
-    with pytest.raises(ValueError, match="is no torch.nn.Linear, which adapters need"):
-        add_adapters(model, 4)
-    assert all(p.requires_grad for p in model.parameters()) and layers_of(model, LoRA) == []
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_teacher_of_adapters_is_the_model_without_them(random_model, size):
-    """A step, against plain forward passes and a teacher that never had adapters."""
-    teacher = copy.deepcopy(random_model)
-    add_adapters(random_model, 4)
-    train_a_little(random_model)
-    adapters = adapters_of(random_model)
-    expected = plain_loss(random_model, teacher)
-    gradients = torch.autograd.grad(expected, adapters)
-    # With its adapters on, the model would be another teacher.
-    assert abs(expected.item() - plain_loss(random_model, random_model).item()) > 0.01
-
-    before = [p.detach().clone() for p in adapters]
-    optimizer = torch.optim.SGD(adapters, lr=1.0)
-    config = Config(micro_batch=size, max_grad_norm=1e9)
-    stats = ofsd_step(random_model, random_model, optimizer, PAIRS, config)
-    assert stats["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
-    assert stats["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    for p, old, gradient in zip(adapters, before, gradients):
-        assert torch.allclose(p, old - gradient, atol=1e-4 * norm)
-    assert LoRA.on

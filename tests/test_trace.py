@@ -1,14 +1,15 @@
-"""tools/trace.py and plot.py: a page that escapes everything and needs nothing, curves in text."""
+"""tools/trace.py and plot.py: a page that escapes everything and needs nothing from
+elsewhere, curves in text."""
 
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
-import plot
 import pytest
-import trace
 from conftest import SMALL, line_of, read, run_main
+
+from tools import plot, trace
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +18,17 @@ def run(small_run, tmp_path_factory):
     return shutil.copytree(small_run, tmp_path_factory.mktemp("runs") / "copy")
 
 
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 class Check(HTMLParser):
     """Every tag that opens closes in order; collects the tags."""
 
     def __init__(self):
         super().__init__()
-        self.open, self.seen = [], []
+        self.open = []
+        self.seen = []
 
     def handle_starttag(self, tag, attributes):
         self.seen.append((tag, dict(attributes)))
@@ -33,7 +39,9 @@ class Check(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_a_page_shows_the_run_and_needs_nothing_from_elsewhere(run, monkeypatch, capsys):
+def test_a_page_shows_the_run_and_needs_nothing_from_elsewhere(
+    run, monkeypatch, capsys
+):
     run_main(monkeypatch, trace.main, "trace.py", run)
     assert capsys.readouterr().out == f"{run / 'trace.html'}\n"
     text = (run / "trace.html").read_text(encoding="utf-8")
@@ -42,15 +50,94 @@ def test_a_page_shows_the_run_and_needs_nothing_from_elsewhere(run, monkeypatch,
     assert not check.open
     assert not {"script", "img", "link", "iframe"} & {tag for tag, _ in check.seen}
     assert "http" not in text and "url(" not in text
+
     pairs = [row for row in read(run, "trajectories.jsonl") if row["kind"] == "pair"]
-    heated = [given for _, given in check.seen if "nats" in given.get("title", "")]
     assert pairs
-    assert len(heated) == sum(kl is not None for row in pairs for _, kl in row["divergence"])
-    assert text.count("<b>student</b>") == len(pairs)
+    measured = 0
     for row in pairs:
-        assert len(row["rewards"]) == SMALL.group_size and row["rewards"].count(1.0) >= 1
+        assert len(row["rewards"]) == SMALL.group_size
+        assert row["rewards"].count(1.0) >= 1
         student = "".join(text for _, text in row["student"]["text"])
         assert "".join(text for text, _ in row["divergence"]) == student
+        assert row["reference"]["em"] == row["reference"]["reward"] == 1.0
+        assert row["student"]["em"] == row["student"]["reward"]
+        measured += sum(divergence is not None for _, divergence in row["divergence"])
+    coloured = [its for _, its in check.seen if "nats" in its.get("title", "")]
+    assert len(coloured) == measured
+    assert text.count("<b>student</b>") == len(pairs)
+
+
+def attempt(answer, em, reward):
+    return {
+        "question": "Who?",
+        "answer": answer,
+        "queries": [],
+        "finish_reason": "answer",
+        "text": [[1, f"<answer> {answer} </answer>"]],
+        "em": em,
+        "reward": reward,
+    }
+
+
+def pair(rewards, reference, student):
+    return {
+        "kind": "pair",
+        "stage": "ofsd-1",
+        "id": "7",
+        "rewards": rewards,
+        "reference": reference,
+        "student": student,
+        "divergence": [["<answer> ", -1e-9], ["it", 0.25], [" </answer>", 3.0]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("rewards", "reference", "student", "lines"),
+    [
+        (
+            [1.0, 0.0, 0.0, 0.0, 0.0],
+            attempt("Ada", 1.0, 1.0),
+            attempt("Bo", 0.0, 0.0),
+            ["reward 1, advantage +1.79", "reward 0, advantage -0.45"],
+        ),
+        (  # a bonus for a search, and a cost: a wrong answer may have a good reward
+            [1.1, 0.1, 0.1, -0.1],
+            attempt("Ada", 1.0, 1.1),
+            attempt("Bo", 0.0, -0.1),
+            ["reward 1.1, advantage +1.48", "reward -0.1, advantage -0.74"],
+        ),
+        (  # both are right, and the slower one has a little less
+            [1.0, 0.9, 0.9, 0.9],
+            attempt("Ada", 1.0, 1.0),
+            attempt("Ada", 1.0, 0.9),
+            ["reward 1, advantage +1.50", "reward 0.9, advantage -0.50"],
+        ),
+        (  # near the mean, but not at it
+            [1.0, 0.501, 0.0, 0.5],
+            attempt("Ada", 1.0, 0.501),
+            attempt("Bo", 0.0, 0.5),
+            ["reward 0.501, advantage +0.002", "reward 0.5, advantage -0.0006"],
+        ),
+        (  # equal rewards
+            [-0.0, 0.0],
+            attempt("Ada", 1.0, -0.0),
+            attempt("Ada", 1.0, 0.0),
+            ["reward 0, advantage 0", "reward 0, advantage 0"],
+        ),
+    ],
+)
+def test_a_pair_shows_its_own_rewards_and_advantages(
+    rewards, reference, student, lines
+):
+    text = "".join(trace.pair_parts(pair(rewards, reference, student)))
+    assert re.findall(r"reward [-.\d]+, advantage [-+.\d]+", text) == lines
+    states = re.findall(r'<p class="(\w+)">', text)
+    assert states == [
+        "right" if side["em"] else "wrong" for side in (reference, student)
+    ]
+    shown = re.search(r"rewards of the group: ([^<]*)<", text)[1].split(" ")
+    assert [float(reward) for reward in shown] == rewards and "-0" not in shown
+    assert "-0.000 nats" not in text
 
 
 def test_everything_is_escaped(run, tmp_path):
@@ -59,15 +146,16 @@ def test_everything_is_escaped(run, tmp_path):
         rows = read(run, name)
         for row in rows:
             for part in (row, row.get("reference", {}), row.get("student", {})):
-                foreign = [key for key in ("question", "answer", "finish_reason") if key in part]
-                part.update(dict.fromkeys(foreign, evil))
+                for key in ("question", "answer", "finish_reason"):
+                    if key in part:
+                        part[key] = evil
                 if "text" in part:
                     part["text"] = [[0, f"- {evil}"], [1, evil]]
-            if "divergence" in row and isinstance(row["divergence"], list):
+            if isinstance(row.get("divergence"), list):
                 row["divergence"] = [[evil, 1.0]]
             if "golden_answers" in row:
                 row["golden_answers"] = [evil]
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(tmp_path / name, rows)
     text = trace.page(tmp_path)
     assert "&lt;script&gt;" in text and not re.search(r"<script|<img|\u202e|\x1b", text)
 
@@ -76,26 +164,48 @@ def test_curves_in_text(run, monkeypatch, capsys):
     run_main(monkeypatch, plot.main, "plot.py", run, run)
     printed = capsys.readouterr().out
     assert "base 0." in printed and "reward  |" in printed
-    evaluations, rewards = plot.curves(run)
-    assert [stage for stage, *_ in evaluations] == ["base", "grpo-1", "ofsd-1"]
-    assert len(rewards) == 1
+    curves = plot.read_curves(run)
+    assert [test.stage for test in curves.tests] == ["base", "grpo-1", "ofsd-1"]
+    assert len(curves.rewards) == 1
+
+
+def test_curves_of_any_reward():
+    assert plot.bars([0.0, 0.5, 1.0]) == " ▄█"
+    assert plot.bars([-1.0, 1.0]) == " █" and plot.bars([0.5, 2.0]) == "▂█"
 
 
 def test_curves_of_a_run_without_grpo(run, tmp_path, monkeypatch, capsys):
     rows = [row for row in read(run, "metrics.jsonl") if row["stage"] == "base"]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "metrics.jsonl", rows)
     run_main(monkeypatch, plot.main, "plot.py", tmp_path)
     assert "no step of GRPO" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
     for script, main, message in (
-        ("plot.py", plot.main, "folders of runs"),
+        ("plot.py", plot.main, "no run's folder"),
         ("trace.py", trace.main, "No such file"),
     ):
         run_main(monkeypatch, main, script, tmp_path, status=2)
         assert message in line_of(capsys)
-    for arguments in ((), ("--frobnicate",), (tmp_path, tmp_path)):
+    for arguments, message in (
+        ((), "required: folder"),
+        (("--frobnicate",), "required: folder"),
+        ((tmp_path, tmp_path), "unrecognized arguments"),
+    ):
         run_main(monkeypatch, trace.main, "trace.py", *arguments, status=2)
-        assert "give one run's folder" in line_of(capsys)
+        assert message in line_of(capsys)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_without_a_test_is_one_line(tmp_path, monkeypatch, capsys):
+    write(
+        tmp_path / "metrics.jsonl", [{"kind": "step", "stage": "grpo-1", "reward": 1}]
+    )
+    write(tmp_path / "trajectories.jsonl", [{"kind": "eval", "stage": "base"}])
+    for script, main, message in (
+        ("plot.py", plot.main, "no test yet"),
+        ("trace.py", trace.main, "no two evaluations"),
+    ):
+        run_main(monkeypatch, main, script, tmp_path, status=2)
+        assert message in line_of(capsys)

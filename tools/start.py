@@ -1,147 +1,377 @@
-"""Give a real model its start: teach it, by a few hundred demonstrations, to search and to answer.
+"""Give a real model its start: teach it, by a few hundred demonstrations, to search.
 
-    python tools/start.py --model M --questions Q.jsonl --corpus C.jsonl --out FOLDER
+    python -m tools.start --model M --questions Q.jsonl --corpus C.jsonl --out FOLDER
 
-A model that never writes the tags earns no reward, and GRPO has nothing to start from. This script
-writes the demonstrations itself, for training questions. It searches for the question as it stands,
-then for each of its "supporting_titles" that it has not found, if the question has them. If a
-passage that it found holds the answer, the trajectory becomes a demonstration. Other questions are
-left out. Then the model is trained on what the script wrote, one pass, by cross-entropy; what the
-retriever wrote has no loss.
+A model that never writes the tags earns no reward, so GRPO has nothing to start from.
+This script writes demonstrations itself, for training questions. It searches for the
+question as it stands, then for each of its "supporting_titles" that it has not found,
+if the question has them. As soon as the model can read the answer in what it is shown,
+the trajectory becomes a demonstration. The other questions are left out.
 
-OFSD's teacher must be able to read a reference. So --privileged of the demonstrations stand under
-the privileged prompt, each with itself as the reference. Without them SmolLM2 copied the answer of
-the reference and did not search (docs/real-models.md).
+The model learns to write what stands in a demonstration. So questions that hold tags or
+the tokenizer's own markup are left out, too, in their text, their titles or their
+answers.
 
---prompt, --k, --max-searches and --max-observation-tokens mean what they mean in train.py, and
-should have the same values there. The prompt is kept with the tokenizer, so train.py and eval.py
-find it in FOLDER.
+Then the model is trained on the demonstrations, one pass, by cross-entropy on what the
+script wrote. What the retriever wrote has no loss.
+
+OFSD's teacher must be able to read a reference. So --privileged of the demonstrations
+stand under the privileged prompt, each with itself as the reference. Without them
+SmolLM2 copied the reference's answer and did not search (docs/real-models.md).
+
+--prompt, --k, --max-searches and --max-observation-tokens mean what they mean in
+train.py, and should have the same values there. The prompt is kept with the tokenizer,
+so train.py and eval.py find it in FOLDER.
 """
 
+import argparse
+import math
+import os
 import random
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from tqdm import tqdm
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from eval import supported
+from machinery.errors import BadInput
+from machinery.json_lines import read_jsonl
+from machinery.models import load_model, save_model
+from machinery.passages import Passage
+from machinery.questions import load_questions
+from machinery.terminal import Parser, run_script
+from machinery.text import chat_ids, decode, neutralise
+from ofsd import privileged_prompt
+from retriever import open_index
+from rollout import Trajectory, context_length, observation_ids, standard_prompt
+from tools.imitation import as_trajectory, imitation_step
 
-from eval import load_questions, supported  # noqa: E402
-from grpo import backward_in_chunks, clip_and_update, policy_hidden, token_logprobs  # noqa: E402
-from micro.make import as_trajectory  # noqa: E402
-from ofsd import privileged_prompt  # noqa: E402
-from retriever import BadInput, Parser, Passage, open_index, run_script  # noqa: E402
-from rollout import (  # noqa: E402
-    Trajectory, chat_ids, context_length, load_model, save_model, standard_prompt,
-)  # fmt: skip
+
+def make_start(
+    model: str,
+    questions: str,
+    corpus: str,
+    out: str | Path,
+    *,
+    count: int,
+    privileged: int,
+    prompt: str,
+    k: int,
+    max_searches: int,
+    max_observation_tokens: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    arithmetic: str = "auto",
+) -> None:
+    """Load the model, teach it, and write it to the folder `out`.
+
+    The arguments are the flags of this script. arithmetic: as in load_model. Raises
+    BadInput or OSError before the training for all that cannot be used: the folder, the
+    files, the model, questions of which none gives a demonstration.
+    """
+    # 1. Everything that can go wrong goes wrong here, before hours of work.
+    check_writable(Path(out))
+    rows = read_questions(questions)
+    index = open_index(corpus)
+    policy, tokenizer = load_model(model, arithmetic=arithmetic)
+    if prompt:  # kept in the tokenizer's files
+        tokenizer.init_kwargs["search_prompt"] = prompt
+
+    # 2. Demonstrations, for questions in random order.
+    rng = random.Random(seed)
+    demonstrations = write_demonstrations(
+        index,
+        rng.sample(rows, len(rows)),
+        tokenizer,
+        count=count,
+        k=k,
+        max_searches=max_searches,
+        max_observation_tokens=max_observation_tokens,
+    )
+    if not demonstrations:
+        raise BadInput(
+            f"{questions}: for no question does BM25 find a passage in {corpus} that "
+            f"shows the answer within {max_observation_tokens} tokens"
+        )
+
+    # 3. Some of them show themselves as the reference: the same share of fewer ones.
+    with_reference = privileged * len(demonstrations) // count
+    for number in range(with_reference):
+        demonstrations[number] = show_reference(
+            policy, tokenizer, demonstrations[number]
+        )
+    rng.shuffle(demonstrations)
+    print(
+        f"{len(demonstrations)} demonstrations from {len(rows)} questions, "
+        f"{with_reference} privileged"
+    )
+
+    # 4. The training.
+    imitate(policy, demonstrations, lr=lr, batch=batch)
+    save_model(policy, tokenizer, Path(out))
 
 
-def demonstrate(index, question: dict, *, k: int = 3, max_searches: int = 4) -> list | None:
-    """What the script writes (str) and is shown (lists of passages), in turn. None where no passage
-    that it found holds the answer."""
-    steps, found = [], []
-    for query in [question["question"], *question.get("supporting_titles", [])][:max_searches]:
-        if query in (passage.title for passage in found):
+# ---------------------------------------------------------------- before the work
+
+
+def check_writable(folder: Path) -> None:
+    """BadInput or OSError where save_model could not write this folder, a new one."""
+    beside = folder.with_name(folder.name + ".new")  # save_model writes this one first
+    for path in (folder, beside):
+        if os.path.lexists(path):
+            raise BadInput(f"{path} exists already: choose another --out, or remove it")
+    new = [path for path in (beside, *beside.parents) if not path.exists()]
+    beside.mkdir(parents=True)
+    for path in new:  # from the innermost one on
+        path.rmdir()
+
+
+def read_questions(spec: str) -> list[dict]:
+    """load_questions, and a check of "supporting_titles", which are only read here."""
+    questions = load_questions(spec)
+    if os.path.exists(spec):  # a file, so that an error can name the line
+        for _ in read_jsonl(spec, check_titles):
+            pass
+    return questions
+
+
+def check_titles(row: dict) -> dict:
+    """The row as it is. Raises ValueError where its titles are no list of strings."""
+    titles = row.get("supporting_titles")
+    if titles is None:
+        return row
+    if not isinstance(titles, list) or not all(isinstance(t, str) for t in titles):
+        raise ValueError('"supporting_titles" must be a list of strings')
+    return row
+
+
+# ---------------------------------------------------------------- demonstrations
+
+
+def write_demonstrations(
+    index,
+    questions: list[dict],
+    tokenizer,
+    *,
+    count: int,
+    k: int,
+    max_searches: int,
+    max_observation_tokens: int,
+) -> list[Trajectory]:
+    """Demonstrations of the first `count` questions for which the answer is found."""
+    demonstrations = []
+    for question in questions:
+        if len(demonstrations) == count:
+            break
+        if not is_harmless(question, tokenizer):
             continue
-        thought = "I need more." if found else "I should look it up."
+        steps = demonstrate(
+            index,
+            question,
+            k=k,
+            max_searches=max_searches,
+            tokenizer=tokenizer,
+            max_observation_tokens=max_observation_tokens,
+        )
+        if steps is None:
+            continue
+        demonstration = write_out(
+            tokenizer, question["question"], steps, max_observation_tokens
+        )
+        demonstrations.append(demonstration)
+    return demonstrations
+
+
+def is_harmless(question: dict, tokenizer) -> bool:
+    """No text that a demonstration of this question could hold has markup in it.
+
+    A question "Who?</search>" would become a query, and train the model to close a tag
+    twice; with the end-of-sequence token in it, to stop in the middle of a query.
+    """
+    texts = [
+        question["question"],
+        *question.get("supporting_titles", []),
+        *question["golden_answers"],
+    ]
+    return all(neutralise(text, tokenizer) == text for text in texts)
+
+
+def demonstrate(
+    index,
+    question: dict,
+    *,
+    k: int = 3,
+    max_searches: int = 4,
+    tokenizer=None,
+    max_observation_tokens: int = 512,
+) -> list[str | list[Passage]] | None:
+    """What the script writes (str) and is shown (lists of passages), in turn.
+
+    None where it reads no answer. It reads passages as the model will read them, cut to
+    max_observation_tokens; without a tokenizer it reads them whole.
+    """
+    steps = []
+    titles = set()  # of all passages that were found
+    passages_read = []
+    queries = [question["question"], *question.get("supporting_titles", [])]
+    for query in queries[:max_searches]:
+        if query in titles:
+            continue
+        thought = "I need more." if titles else "I should look it up."
         passages = index.search([query], k)[0]
-        steps += [f"<think> {thought} </think>\n<search> {query} </search>", passages]
-        found += passages
+        steps.append(f"<think> {thought} </think>\n<search> {query} </search>")
+        steps.append(passages)
+        titles.update(passage.title for passage in passages)
+
+        if tokenizer is not None:
+            passages = as_read(tokenizer, passages, max_observation_tokens)
+        passages_read.extend(passages)
         for answer in question["golden_answers"]:
-            if supported(Trajectory("", [], answer=answer, passages=[found])):
-                said = f"<think> The passages say it. </think>\n<answer> {answer} </answer>"
-                return [*steps, said]
+            attempt = Trajectory("", [], answer=answer, passages=[passages_read])
+            if supported(attempt):
+                steps.append(
+                    "<think> The passages say it. </think>\n"
+                    f"<answer> {answer} </answer>"
+                )
+                return steps
     return None
 
 
-def write_out(tokenizer, question: str, steps: list, budget: int) -> Trajectory:
-    """The steps as a trajectory under the standard prompt, with an end-of-sequence token."""
-    prompt = chat_ids(tokenizer, standard_prompt(tokenizer, question))
-    trajectory = as_trajectory(tokenizer, steps, question, prompt, budget)
-    trajectory.extend([tokenizer.eos_token_id], [0.0])
+def as_read(
+    tokenizer, passages: list[Passage], max_observation_tokens: int
+) -> list[Passage]:
+    """The passages as an observation shows them: each a line, cut where it is cut."""
+    if not passages:
+        return []
+    ids = observation_ids(tokenizer, passages, max_observation_tokens)
+    lines = decode(tokenizer, ids).strip().split("\n")
+    return [Passage("", "", line) for line in lines[1:-1]]  # between the two tags
+
+
+def write_out(
+    tokenizer, question: str, steps: list, max_observation_tokens: int
+) -> Trajectory:
+    """The steps under the standard prompt, with an end-of-sequence token after them."""
+    prompt_ids = chat_ids(tokenizer, standard_prompt(tokenizer, question))
+    trajectory = as_trajectory(
+        tokenizer, steps, question, prompt_ids, max_observation_tokens
+    )
+    trajectory.extend([tokenizer.eos_token_id], logprobs=[0.0])
     return trajectory
 
 
 def show_reference(model, tokenizer, demonstration: Trajectory) -> Trajectory:
-    """The same response under OFSD's privileged prompt, with itself as the reference."""
+    """The same response under OFSD's privileged prompt, with itself as the reference.
+
+    It stays under the standard prompt where the model's context has no room for both.
+    """
     room = context_length(model) - len(demonstration.response_ids)
-    prompt = privileged_prompt(tokenizer, demonstration.question, demonstration, room)
-    return replace(demonstration, prompt_ids=prompt or demonstration.prompt_ids)
+    prompt_ids = privileged_prompt(
+        tokenizer, demonstration.question, demonstration, room
+    )
+    if prompt_ids is None:
+        return demonstration
+    return replace(demonstration, prompt_ids=prompt_ids)
+
+
+# ---------------------------------------------------------------- training
 
 
 def imitate(model, demonstrations: list[Trajectory], *, lr: float, batch: int) -> None:
-    """One pass of supervised training, in the order given. The learning rate falls to 0."""
+    """One pass of supervised training, in the order given.
+
+    The learning rate falls linearly to 0. batch: demonstrations an update.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    starts = tqdm(range(0, len(demonstrations), batch), desc="demonstrations", disable=None)
-    for start in starts:
-        part = demonstrations[start : start + batch]
-        pairs = [pair for t in part for pair in zip(t.response_ids, t.loss_mask)]
-        ids = torch.tensor([token for token, mask in pairs if mask], device=model.device)  # (N,)
-        loss = partial(imitation_loss, num_tokens=len(ids))
-        stats = backward_in_chunks(model, loss, policy_hidden(model, part), ids)
-        optimizer.param_groups[0]["lr"] = lr * (1 - start / len(demonstrations))
-        clip_and_update(optimizer, 1.0)
-        if start // batch % 10 == 0:
-            value = sum(one["loss"] for one in stats)
-            starts.write(f"{start:5d} of {len(demonstrations)} demonstrations  loss {value:.3f}")
+    total = len(demonstrations)
+    starts = tqdm(range(0, total, batch), desc="demonstrations", disable=None)
+    for number, start in enumerate(starts):
+        optimizer.param_groups[0]["lr"] = lr * (1 - start / total)
+        stats = imitation_step(
+            model,
+            optimizer,
+            demonstrations[start : start + batch],
+            micro_batch=batch,
+        )
+        if number % 10 == 0:
+            starts.write(
+                f"{start:5d} of {total} demonstrations  loss {stats['loss']:.3f}"
+            )
 
 
-def imitation_loss(logits, ids, *, num_tokens: int):
-    """Cross-entropy of n of an update's num_tokens: logits (n, V), ids (n,)."""
-    loss = -token_logprobs(logits, ids).sum() / num_tokens
-    return loss, {"loss": loss.item()}
+# ---------------------------------------------------------------- the command
 
 
-def main() -> None:
+def parse_flags() -> argparse.Namespace:
     parser = Parser(description="Teach a real model to search and to answer.")
     parser.add_argument("--model", required=True, help="a model folder or hub name")
     parser.add_argument("--questions", required=True, help="training questions")
     parser.add_argument("--corpus", required=True, help="passages")
     parser.add_argument("--out", required=True, help="the folder to write, a new one")
     parser.add_argument("--count", type=int, default=400, help="demonstrations")
-    parser.add_argument("--privileged", type=int, default=0, help="how many of them show a reference")
-    parser.add_argument("--prompt", default="", help="wording of the prompt, with {question} in it")
+    parser.add_argument(
+        "--privileged", type=int, default=0, help="how many of them show a reference"
+    )
+    parser.add_argument(
+        "--prompt", default="", help="wording of the prompt, with {question} in it"
+    )
     parser.add_argument("--k", type=int, default=3, help="passages a search")
-    parser.add_argument("--max-searches", type=int, default=4, help="searches a demonstration")
-    parser.add_argument("--max-observation-tokens", type=int, default=512)
+    parser.add_argument(
+        "--max-searches", type=int, default=4, help="searches a demonstration"
+    )
+    parser.add_argument(
+        "--max-observation-tokens", type=int, default=512, help="of what a search shows"
+    )
     parser.add_argument("--batch", type=int, default=4, help="demonstrations an update")
-    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate, which falls to 0")
-    parser.add_argument("--seed", type=int, default=0, help="which demonstrations, in which order")
-    args = parser.parse_args()
-    if min(args.count, args.k, args.max_searches, args.max_observation_tokens, args.batch) < 1:
-        parser.error("--count, --k, --batch and the limits are at least 1")
-    if not 0 <= args.privileged <= args.count:
+    parser.add_argument(
+        "--lr", type=float, default=1e-4, help="learning rate, which falls to 0"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="which demonstrations, in which order"
+    )
+    flags = parser.parse_args()
+
+    limits = (
+        flags.count,
+        flags.k,
+        flags.max_searches,
+        flags.max_observation_tokens,
+        flags.batch,
+    )
+    if min(limits) < 1 or max(limits) >= 2**32:
+        parser.error(
+            "--count, --k, --batch and the limits are at least 1 and below 2**32"
+        )
+    if not 0 <= flags.privileged <= flags.count:
         parser.error("--privileged is a part of --count")
-    if args.prompt and "{question}" not in args.prompt:
+    if not 0 < flags.lr < math.inf:  # nan is neither
+        parser.error("--lr is a number above 0")
+    if not 0 <= flags.seed < 2**32:
+        parser.error("--seed is at least 0 and below 2**32")
+    if flags.prompt and "{question}" not in flags.prompt:
         parser.error("--prompt must hold {question}, where the question goes")
-    if Path(args.out).exists():
-        raise BadInput(f"{args.out} exists already: choose another --out, or remove it")
-    rows, index = load_questions(args.questions), open_index(args.corpus)
-    model, tokenizer = load_model(args.model)
-    if args.prompt:
-        tokenizer.init_kwargs["search_prompt"] = args.prompt
-    rng, demonstrations = random.Random(args.seed), []
-    for row in rng.sample(rows, len(rows)):
-        steps = demonstrate(index, row, k=args.k, max_searches=args.max_searches)
-        if steps:
-            asked = tokenizer, row["question"]
-            demonstrations.append(write_out(*asked, steps, args.max_observation_tokens))
-        if len(demonstrations) == args.count:
-            break
-    if not demonstrations:
-        raise BadInput(f"{args.questions}: for no question does {args.corpus} hold a passage with "
-                       "the answer that BM25 finds")  # fmt: skip
-    shown = args.privileged * len(demonstrations) // args.count  # the same share of fewer ones
-    for i in range(shown):
-        demonstrations[i] = show_reference(model, tokenizer, demonstrations[i])
-    rng.shuffle(demonstrations)
-    print(f"{len(demonstrations)} demonstrations from {len(rows)} questions, {shown} privileged")
-    torch.manual_seed(args.seed)
-    imitate(model, demonstrations, lr=args.lr, batch=args.batch)
-    save_model(model, tokenizer, Path(args.out))
+    return flags
+
+
+def main() -> None:
+    flags = parse_flags()
+    make_start(
+        flags.model,
+        flags.questions,
+        flags.corpus,
+        flags.out,
+        count=flags.count,
+        privileged=flags.privileged,
+        prompt=flags.prompt,
+        k=flags.k,
+        max_searches=flags.max_searches,
+        max_observation_tokens=flags.max_observation_tokens,
+        batch=flags.batch,
+        lr=flags.lr,
+        seed=flags.seed,
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """train.py --resume: a run that was stopped anywhere ends as the one that never was."""
 
+import copy
 import json
 import os
 import pickle
@@ -15,12 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, SMALL, line_of, read, run_main, steps_of, untimed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import grpo
 import train as train_module
-from retriever import BadInput
-from train import Config, Run, train
+from machinery.errors import BadInput
+from machinery.run import Run
+from machinery.settings import read_settings
+from train import Config, train
 
 PLAIN = replace(SMALL, save_every=1, ofsd_batch=2)  # several steps of either stage
 LORA = replace(PLAIN, lora_rank=2, grpo_lora_rank=2, grpo_lr=1e-3)
@@ -28,8 +31,8 @@ LORA = replace(PLAIN, lora_rank=2, grpo_lora_rank=2, grpo_lr=1e-3)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Sums are equal to the bit only where the same number of threads adds them up, and several
-    have been seen to divide the work otherwise in another process on a busy machine."""
+    """Sums are equal to the bit only where as many threads add them up. Several have
+    been seen to divide the work otherwise in another process on a busy machine."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # of the processes that launch() starts
@@ -42,8 +45,10 @@ def one_thread():
 def undisturbed(tmp_path_factory, one_thread):
     """{with adapters?: the folder of a run that was never stopped}"""
     folder = tmp_path_factory.mktemp("undisturbed")
-    configs = {False: PLAIN, True: LORA}
-    return {lora: train(replace(configs[lora], out=str(folder / f"{lora}"))) for lora in configs}
+    return {
+        False: train(replace(PLAIN, out=str(folder / "plain"))),
+        True: train(replace(LORA, out=str(folder / "adapters"))),
+    }
 
 
 @pytest.fixture
@@ -53,26 +58,34 @@ def settings(tmp_path):
     return "--config", tmp_path / "settings.json"
 
 
-def launch(*arguments, **how):
-    """train.py in a process of its own, which heeds Ctrl-C even if pytest is told not to."""
-    pipe, heed = subprocess.PIPE, lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    how = dict(cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed) | how
-    return subprocess.Popen([sys.executable, "train.py", *map(str, arguments)], **how)
+def heed_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def launch(*arguments, stdout=subprocess.PIPE):
+    """train.py in a process of its own. It heeds Ctrl-C even if pytest does not."""
+    return subprocess.Popen(
+        [sys.executable, "train.py", *map(str, arguments)],
+        cwd=ROOT,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
+    )
 
 
 def same(one, two):
     assert untimed(read(one, "metrics.jsonl")) == untimed(read(two, "metrics.jsonl"))
-    assert (one / "trajectories.jsonl").read_bytes() == (two / "trajectories.jsonl").read_bytes()
-    a, b = (load_file(folder / "model/model.safetensors") for folder in (one, two))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for name in ("trajectories.jsonl", "model/model.safetensors"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
 
 
 def stop_at(monkeypatch, config, wanted):
     """Train until the checkpoint is saved of which wanted(stage, step) is true."""
     plain = Run.checkpoint
 
-    def checkpoint(run, stage, step, *args, **more):
-        plain(run, stage, step, *args, **more)
+    def checkpoint(run, stage, step):
+        plain(run, stage, step)
         if wanted(stage, step):
             raise KeyboardInterrupt
 
@@ -97,8 +110,8 @@ def test_stopped_after_every_checkpoint_and_resumed_it_ends_the_same(
     config = replace(LORA if lora else PLAIN, out=str(tmp_path / "run"))
     plain, stages = Run.checkpoint, []
 
-    def checkpoint(run, stage, step, *args, **more):
-        plain(run, stage, step, *args, **more)
+    def checkpoint(run, stage, step):
+        plain(run, stage, step)
         stages.append((stage, step))
         for name in ("metrics.jsonl", "later.jsonl"):
             with open(run.folder / name, "a") as file:
@@ -116,35 +129,50 @@ def test_stopped_after_every_checkpoint_and_resumed_it_ends_the_same(
     steps = len(steps_of(undisturbed[lora], "ofsd-1"))
     distilled = [("ofsd-1", step) for step in range(steps + 1)]
     assert steps > 1
-    assert stages == [("", 0), ("grpo-1", 1), ("grpo-1", 2), ("", 0), *distilled, ("", 0)]
+    assert stages == [
+        ("", 0),
+        ("grpo-1", 1),
+        ("grpo-1", 2),
+        ("", 0),
+        *distilled,
+        ("", 0),
+    ]
     assert train(config, resume=True) == tmp_path / "run"
     same(undisturbed[lora], tmp_path / "run")
     assert (tmp_path / "run/later.jsonl").read_text() == ""
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["last.pt"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [
+        "last.pt"
+    ]
 
 
 @pytest.mark.parametrize("stage", ["grpo-1", "ofsd-1"])
-def test_adapters_inside_a_stage_are_resumed_to_the_bit(undisturbed, tmp_path, monkeypatch, stage):
-    """What the next step sees: the weights, both halves of each adapter, and the optimizer."""
+def test_adapters_inside_a_stage_are_resumed_to_the_bit(
+    undisturbed, tmp_path, monkeypatch, stage
+):
+    """What the next step sees: weights, both halves of each adapter, the optimizer."""
     config = replace(LORA, out=str(tmp_path / "run"))
     stop_at(monkeypatch, config, lambda *at: at == (stage, 1))
     saved = load(tmp_path / "run")
     adapters = {name for name in saved["model"] if name.endswith((".A", ".B"))}
-    assert adapters and any(saved["model"][name].any() for name in adapters if name[-1] == "B")
-    seen, name = [], f"{stage[:4]}_step"
+    assert adapters and any(
+        saved["model"][name].any() for name in adapters if name[-1] == "B"
+    )
+    seen = []
+    name = f"{stage[:4]}_step"
     plain = getattr(train_module, name)
 
-    def step(model, teacher, optimizer, *args):
+    def step(*args, **settings):
+        model = args[0]
+        optimizer = next(x for x in args if isinstance(x, torch.optim.Optimizer))
         if not seen:
-            states = optimizer.state_dict()["state"]
-            seen.append({key: value.clone() for key, value in model.state_dict().items()})
-            copy = lambda state: {key: value.clone() for key, value in state.items()}  # noqa: E731
-            seen.append({number: copy(state) for number, state in states.items()})
+            seen.append(copy.deepcopy(model.state_dict()))
+            seen.append(copy.deepcopy(optimizer.state_dict()["state"]))
+            # The optimizer holds those that the model computes with.
             trained = {id(p) for p in optimizer.param_groups[0]["params"]}
             ours = [key for key, p in model.named_parameters() if id(p) in trained]
-            assert {*ours} == adapters  # the optimizer holds those that the model computes with
-            assert stage == "grpo-1" or teacher is model
-        return plain(model, teacher, optimizer, *args)
+            assert set(ours) == adapters
+            assert stage == "grpo-1" or args[1] is model  # the teacher
+        return plain(*args, **settings)
 
     monkeypatch.setattr(train_module, name, step)
     train(config, resume=True)
@@ -154,7 +182,9 @@ def test_adapters_inside_a_stage_are_resumed_to_the_bit(undisturbed, tmp_path, m
     before = saved["optimizer"]["state"]
     assert states.keys() == before.keys() and len(states) == len(adapters)
     for number, state in states.items():
-        assert all(torch.equal(value, before[number][key]) for key, value in state.items())
+        assert all(
+            torch.equal(value, before[number][key]) for key, value in state.items()
+        )
     same(undisturbed[True], tmp_path / "run")
 
 
@@ -171,33 +201,43 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_at_the_beginning(
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert not (tmp_path / "run/checkpoints").exists()
-    assert len(read(tmp_path / "run", "metrics.jsonl")) == 1  # it had tested the base already
+    assert (
+        len(read(tmp_path / "run", "metrics.jsonl")) == 1
+    )  # it had tested the base already
     train(config, resume=True)
     same(undisturbed[False], tmp_path / "run")
 
 
 def test_killed_at_random_moments_it_ends_the_same(undisturbed, tmp_path, settings):
     """SIGKILL, again and again, within a second after the run has written something."""
-    out, draw = tmp_path / "run", random.Random(0)
+    out = tmp_path / "run"
+    draw = random.Random(0)
     logs = [out / "metrics.jsonl", out / "trajectories.jsonl"]
-    sizes = lambda: [path.exists() and path.stat().st_size for path in logs]  # noqa: E731
-    for kill in range(40):
-        how = "--resume", out
+
+    def sizes():
+        return [path.exists() and path.stat().st_size for path in logs]
+
+    kills = 0
+    while kills < 40:
+        flags = ("--resume", out)
         if not (out / "config.json").exists() or not (out / "config.json").read_text():
             shutil.rmtree(out, ignore_errors=True)  # it was killed before it had begun
-            how = *settings, "--out", out
-        before, process = sizes(), launch(*how, stdout=subprocess.DEVNULL)
+            flags = (*settings, "--out", out)
+        before = sizes()
+        process = launch(*flags, stdout=subprocess.DEVNULL)
         while process.poll() is None and sizes() == before:
             time.sleep(0.001)
+        wait = draw.choice([0.0, draw.uniform(0, 0.1), draw.uniform(0, 1)])
         try:
-            process.wait(timeout=draw.choice([0.0, draw.uniform(0, 0.1), draw.uniform(0, 1)]))
+            process.wait(timeout=wait)
         except subprocess.TimeoutExpired:
             process.kill()
+            kills += 1
         error = process.communicate()[1]
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, error
-    assert process.returncode == 0 and kill >= 2
+    assert process.returncode == 0 and kills >= 2
     same(undisturbed[False], out)
 
 
@@ -214,7 +254,9 @@ def test_a_signal_ends_it_with_one_line_that_says_how_to_go_on(
     assert process.returncode == 130, error
     assert len(error.strip().splitlines()) == 1
     assert error.startswith("train.py: stopped")
-    assert error.strip().endswith(f"train.py --resume {out} goes on from the last checkpoint")
+    assert error.strip().endswith(
+        f"train.py --resume {out} goes on from the last checkpoint"
+    )
     run_main(monkeypatch, train_module.main, "train.py", "--resume", out)
     same(undisturbed[False], out)
 
@@ -223,7 +265,7 @@ def test_ctrl_c_before_there_is_a_run_is_one_line_too(tmp_path, monkeypatch, cap
     def load_model(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "load_model", load_model)
+    monkeypatch.setattr("machinery.run.read_model", load_model)
     flags = "--out", tmp_path / "run"
     run_main(monkeypatch, train_module.main, "train.py", *flags, status=130)
     assert line_of(capsys) == "train.py: stopped"
@@ -232,10 +274,17 @@ def test_ctrl_c_before_there_is_a_run_is_one_line_too(tmp_path, monkeypatch, cap
 
 def test_a_finished_run_prints_its_table_again(undisturbed, monkeypatch, capsys):
     before = {path: path.stat().st_mtime for path in undisturbed[False].rglob("*")}
-    flags = "--resume", undisturbed[False], "--seed", "0"  # a flag may say what holds anyway
+    flags = (
+        "--resume",
+        undisturbed[False],
+        "--seed",
+        "0",
+    )  # a flag may say what holds anyway
     run_main(monkeypatch, train_module.main, "train.py", *flags)
     assert "6 test questions" in capsys.readouterr().out
-    assert {path.name for path in before} == {p.name for p in undisturbed[False].rglob("*")}
+    assert {path.name for path in before} == {
+        p.name for p in undisturbed[False].rglob("*")
+    }
     assert json.loads((undisturbed[False] / "config.json").read_text())["seed"] == 0
 
 
@@ -249,7 +298,10 @@ def test_a_finished_run_prints_its_table_again(undisturbed, monkeypatch, capsys)
         (["--seed", "5"], "has seed 0, and is resumed as it is"),
         (["--no-ofsd"], "has ofsd True, and is resumed as it is"),
         (["--out", "runs/other"], "and is resumed as it is"),
-        (["--resume", "runs/nowhere"], "No such file or directory: 'runs/nowhere/config.json'"),
+        (
+            ["--resume", "runs/nowhere"],
+            "No such file or directory: 'runs/nowhere/config.json'",
+        ),
     ],
 )
 def test_a_flag_that_contradicts_the_run_is_refused(
@@ -262,16 +314,19 @@ def test_a_flag_that_contradicts_the_run_is_refused(
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A run that was stopped after its first step, and beside it all files that it read."""
+    """A run that was stopped after its first step, beside all files that it read."""
     folder, patch = tmp_path_factory.mktemp("begun"), pytest.MonkeyPatch()
     for name in ("corpus", "train", "test"):
         shutil.copy(ROOT / f"micro/{name}.jsonl", folder)
     shutil.copytree(ROOT / "micro/model", folder / "model")
     config = replace(
-        PLAIN, out=str(folder / "run"), corpus=str(folder / "corpus.jsonl"),
-        questions=str(folder / "train.jsonl"), eval_questions=str(folder / "test.jsonl"),
+        PLAIN,
+        out=str(folder / "run"),
+        corpus=str(folder / "corpus.jsonl"),
+        questions=str(folder / "train.jsonl"),
+        eval_questions=str(folder / "test.jsonl"),
         model=str(folder / "model"),
-    )  # fmt: skip
+    )
     stop_at(patch, config, lambda *at: at == ("grpo-1", 1))
     return folder
 
@@ -306,6 +361,13 @@ def change_setting(folder):
     (folder / "run/config.json").write_text(json.dumps(config))
 
 
+def change_weights(folder):
+    file = folder / "model/model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+
+
 def change_tokenizer(folder):
     file = folder / "model/tokenizer_config.json"
     file.write_text(file.read_text().replace('"{question}"', '"Q: {question}"'))
@@ -318,25 +380,46 @@ def change_tokenizer(folder):
         (change_questions, "the questions"),
         (change_test, "the questions"),
         (change_setting, "the settings"),
+        (change_weights, "the model"),
         (change_tokenizer, "the prompt"),
     ],
 )
-def test_what_changed_since_the_run_began_is_named(changeable, monkeypatch, capsys, change, name):
+def test_what_changed_since_the_run_began_is_named(
+    changeable, monkeypatch, capsys, change, name
+):
     run = changeable / "run"
     change(changeable)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     run_main(monkeypatch, train_module.main, "train.py", "--resume", run, status=2)
     assert line_of(capsys) == f"train.py: {run}: {name} changed since this run began"
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in run.rglob("*") if path.is_file()
+    } == before
+
+
+def test_a_run_that_still_runs_is_not_run_twice(
+    tmp_path, settings, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    process = launch(*settings, "--out", out)
+    while "steps" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    run_main(monkeypatch, train_module.main, "train.py", "--resume", out, status=2)
+    assert "is still being run by another process" in line_of(capsys)
+    process.kill()
+    process.communicate()
+    run_main(monkeypatch, train_module.main, "train.py", "--resume", out)
 
 
 def test_what_did_not_change_is_no_hindrance(begun):
-    config = train_module.read_settings(begun / "run/config.json")
+    config = read_settings(begun / "run/config.json", Config)
     run = Run(config, resume=True)
     assert (run.saved["stage"], run.saved["step"]) == ("grpo-1", 1)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[: len(data) // 2], lambda data: b""]
+)
 def test_a_checkpoint_that_is_cut_off_is_refused(undisturbed, tmp_path, damage):
     shutil.copytree(undisturbed[False], tmp_path / "run")
     file = tmp_path / "run/checkpoints/last.pt"
@@ -347,15 +430,31 @@ def test_a_checkpoint_that_is_cut_off_is_refused(undisturbed, tmp_path, damage):
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trajectories.jsonl"])
+def test_a_log_that_is_shorter_than_the_checkpoint_says_is_refused(
+    undisturbed, tmp_path, name
+):
+    """As a power cut may leave it. It would go on behind a torn line, unreadable."""
+    shutil.copytree(undisturbed[False], tmp_path / "run")
+    log = tmp_path / "run" / name
+    log.write_bytes(log.read_bytes()[:-10])
+    before = log.read_bytes()
+    with pytest.raises(BadInput, match=f"{log} is shorter than the last checkpoint"):
+        Run(replace(PLAIN, out=str(tmp_path / "run")), resume=True)
+    assert log.read_bytes() == before
+
+
 def test_a_file_that_was_being_written_is_not_read(undisturbed, tmp_path):
-    """As SIGKILL leaves it: the last checkpoint is whole, and beside it is half a new one."""
+    """As SIGKILL leaves it: the last checkpoint is whole, beside half of a new one."""
     shutil.copytree(undisturbed[False], tmp_path / "run")
     (tmp_path / "run/checkpoints/new.pt").write_bytes(b"half of it")
     run = Run(replace(PLAIN, out=str(tmp_path / "run")), resume=True)
     assert [row["stage"] for row in run.evaluations] == ["base", "grpo-1", "ofsd-1"]
 
 
-def test_a_malicious_checkpoint_runs_no_code(undisturbed, tmp_path, monkeypatch, capsys):
+def test_a_malicious_checkpoint_runs_no_code(
+    undisturbed, tmp_path, monkeypatch, capsys
+):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/pwned",)
@@ -373,10 +472,11 @@ def test_a_malicious_checkpoint_runs_no_code(undisturbed, tmp_path, monkeypatch,
     assert not (tmp_path / "pwned").exists()
 
 
-# ---------------------------------------------------------------- what goes wrong on the way
+# ------------------------------------------------------------ what goes wrong meanwhile
 
 
-@pytest.mark.parametrize("megabytes", [8, 24])  # the model, or a checkpoint, finds no room
+# The model, or a checkpoint, finds no room.
+@pytest.mark.parametrize("megabytes", [8, 24])
 def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_later(
     undisturbed, tmp_path, settings, monkeypatch, capsys, megabytes
 ):
@@ -401,14 +501,14 @@ def test_a_full_disk_ends_with_one_line_and_the_run_goes_on_later(
 def test_no_room_for_a_checkpoint_is_one_line_and_the_last_one_stays(
     undisturbed, tmp_path, settings, monkeypatch, capsys, wanted
 ):
-    """As above where no tmpfs can be mounted: the new file leads to /dev/full, which is."""
+    """As above where no tmpfs can be mounted: the new file leads to /dev/full."""
     plain, out = Run.checkpoint, tmp_path / "run"
 
-    def checkpoint(run, stage, step, *args, **more):
+    def checkpoint(run, stage, step):
         if (stage, step) == wanted:
             (out / "checkpoints").mkdir(exist_ok=True)
             (out / "checkpoints/new.pt").symlink_to("/dev/full")
-        plain(run, stage, step, *args, **more)
+        plain(run, stage, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "checkpoint", checkpoint)
@@ -423,32 +523,40 @@ def test_no_room_for_a_checkpoint_is_one_line_and_the_last_one_stays(
 
 
 def test_updates_without_a_finite_gradient_are_skipped_and_told(tmp_path, monkeypatch):
-    plain, bad, steps, out = grpo.token_logprobs, {2, 4, 5, 6}, [], tmp_path / "run"
+    plain = grpo.token_logprobs
+    bad = {2, 4, 5, 6}
+    steps = []
+    out = tmp_path / "run"
 
-    def step(*args):
+    def step(*args, **settings):
         steps.append(1)
-        return grpo.grpo_step(*args)
+        return grpo.grpo_step(*args, **settings)
 
     def logprobs(logits, ids):
-        return plain(logits, ids) * (float("nan") if len(steps) in bad else 1)
+        factor = float("nan") if len(steps) in bad else 1
+        return plain(logits, ids) * factor
 
     monkeypatch.setattr(train_module, "grpo_step", step)
     monkeypatch.setattr(grpo, "token_logprobs", logprobs)
     train(replace(PLAIN, grpo_steps=7, ofsd=False, out=str(out)))
     rows = steps_of(out, "grpo-1")
     assert [row["no_update"] for row in rows] == [step in bad for step in range(1, 8)]
-    assert rows[1]["grad_norm"] is None and rows[2]["grad_norm"] > 0  # JSON knows no NaN
+    # JSON knows no NaN.
+    assert rows[1]["grad_norm"] is None and rows[2]["grad_norm"] > 0
     saved = load(out)
     assert all(value.isfinite().all() for value in saved["model"].values())
 
 
 def test_an_infinite_loss_with_a_finite_gradient_is_an_update():
-    """Where the student excludes a word of the teacher's the divergence is infinite, and its
-    gradient is not."""
+    """Where the student excludes a token of the teacher's the divergence is infinite,
+    and its gradient is not."""
     logged = []
-    log = lambda *_, **row: logged.append(row)  # noqa: E731
+
+    def log(kind, stage, **row):
+        logged.append(row)
+
     run = SimpleNamespace(config=SMALL, log=log)
-    Run.end_step(run, "ofsd-1", 1, {"loss": float("inf"), "grad_norm": 1.0}, {})
+    Run.end_step(run, "ofsd-1", 1, {"loss": float("inf"), "grad_norm": 1.0})
     assert logged[0]["no_update"] is False and logged[0]["step"] == 1
 
 
@@ -464,12 +572,12 @@ def test_a_server_that_fails_stops_training_and_the_run_goes_on_later(
                 raise BadInput("no answer from http://here in 4 attempts")
             return micro_index.search(queries, k)
 
-    monkeypatch.setattr(train_module, "open_index", lambda corpus: Flaky())
+    monkeypatch.setattr("machinery.run.open_index", lambda corpus: Flaky())
     flags = *settings, "--out", out
     run_main(monkeypatch, train_module.main, "train.py", *flags, status=2)
     assert line_of(capsys) == (
-        f"train.py: no answer from http://here in 4 attempts. train.py --resume {out} goes on "
-        "from the last checkpoint"
+        "train.py: no answer from http://here in 4 attempts. "
+        f"train.py --resume {out} goes on from the last checkpoint"
     )
     run_main(monkeypatch, train_module.main, "train.py", "--resume", out)
     same(undisturbed[False], out)
@@ -478,4 +586,6 @@ def test_a_server_that_fails_stops_training_and_the_run_goes_on_later(
 def test_the_settings_of_a_run_are_kept_as_they_were_given(undisturbed):
     kept = json.loads((undisturbed[False] / "config.json").read_text())
     assert kept["date"]  # the day on which it began; it may be resumed on another one
-    assert Config(**kept) == replace(PLAIN, out=str(undisturbed[False]), date=kept["date"])
+    assert Config(**kept) == replace(
+        PLAIN, out=str(undisturbed[False]), date=kept["date"]
+    )

@@ -1,0 +1,439 @@
+"""Tables and figures of the evidence, from what its runs left in results/evidence/.
+
+    python -m experiments.tables    # writes results/evidence.md and the two figures
+
+The figures need matplotlib (requirements-extra.txt). The curve of a run is EM against
+cost: straight lines between its tests, and the last value held. The area is the one
+under this curve from 0 to the budget, divided by the budget, so it is a mean EM. Runs
+of the same seed are compared in pairs. An interval is the mean, plus or minus
+t(.975, n - 1) standard errors.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import numpy as np
+
+from machinery.json_lines import read_jsonl
+from machinery.terminal import run_script
+from tools.pictures import new_figure
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+LEVELS = (0.5, 0.6)  # of EM, for the columns that say what reaching them costs
+T975 = {  # t(.975, n - 1) by n
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+    11: 2.228,
+    12: 2.201,
+    13: 2.179,
+    14: 2.160,
+    15: 2.145,
+    16: 2.131,
+    17: 2.120,
+    18: 2.110,
+    19: 2.101,
+    20: 2.093,
+}
+
+# A run is the rows of its file. The first row says which arm it is, and of which seed.
+Run = list[dict]
+
+
+# ---------------------------------------------------------------------- what a run says
+
+
+def read_part(part: str) -> dict[str, dict[int, Run]]:
+    """The finished runs of a part, by arm and seed."""
+    runs: dict[str, dict[int, Run]] = defaultdict(dict)
+    for path in sorted((RESULTS / "evidence" / part).glob("*.jsonl")):
+        run = list(read_jsonl(path))
+        seed = run[0]["seed"]
+        arm = path.stem.removesuffix(f"-{seed}")
+        runs[arm][seed] = run
+    return runs
+
+
+def rows_of_kind(run: Run, kind: str) -> list[dict]:
+    return [row for row in run if row["kind"] == kind]
+
+
+def budget_of(run: Run) -> int:
+    return run[0]["arm"]["budget"]
+
+
+def em_at(run: Run, costs) -> np.ndarray:
+    """The curve at these costs."""
+    tests = rows_of_kind(run, "eval")
+    tested_at = [test["cost"] for test in tests]
+    ems = [test["em"] for test in tests]
+    return np.interp(costs, tested_at, ems)
+
+
+def area(run: Run) -> float:
+    costs = np.linspace(0, budget_of(run), 2001)
+    return float(em_at(run, costs).mean())
+
+
+def cost_of(run: Run, level: float) -> float:
+    """The cost at which the curve first has this EM; infinite if it never does."""
+    costs = np.linspace(0, budget_of(run), 2001)
+    reached = np.nonzero(em_at(run, costs) >= level)[0]
+    if len(reached) == 0:
+        return float("inf")
+    return float(costs[reached[0]])
+
+
+def final_em(run: Run) -> float:
+    """By the curve at the budget, which the last test may have overshot."""
+    return float(em_at(run, budget_of(run)))
+
+
+def searches(run: Run) -> float:
+    return rows_of_kind(run, "eval")[-1]["searches"]
+
+
+def leak(run: Run) -> float:
+    return rows_of_kind(run, "eval")[-1]["leak"]
+
+
+# --------------------------------------------------------------------------- statistics
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % interval: NaN for a single value."""
+    if len(values) == 1:
+        return values[0], float("nan")
+    standard_error = stdev(values) / len(values) ** 0.5
+    return mean(values), T975[len(values)] * standard_error
+
+
+def plus_minus(values: list[float], sign: str = "") -> str:
+    centre, half = interval(values)
+    return f"{centre:{sign}.3f} ± {half:.3f}"
+
+
+def mean_of(measure, seeds: dict[int, Run]) -> float:
+    return mean(measure(run) for run in seeds.values())
+
+
+def differences(ours: dict[int, Run], theirs: dict[int, Run], measure) -> list[float]:
+    """Ours minus theirs, seed by seed, for the seeds that both have."""
+    shared = [seed for seed in sorted(ours) if seed in theirs]
+    return [measure(ours[seed]) - measure(theirs[seed]) for seed in shared]
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def table_line(cells: list) -> str:
+    texts = [str(cell) for cell in cells]
+    return "| " + " | ".join(texts) + " |"
+
+
+def table(header: list[str], lines: list[list]) -> str:
+    rule = ["---"] * len(header)
+    return "\n".join(table_line(cells) for cells in [header, rule, *lines])
+
+
+def comparison(part: str) -> str:
+    """The arms of a part, and their differences to GRPO alone."""
+    header = ["arm", "seeds"]
+    for name in ("area", "final EM", "searches"):
+        header.append(name)
+        header.append("to grpo")
+    header += [f"cost of {level}, M" for level in LEVELS]
+    header += ["leak", "seconds"]
+
+    runs = read_part(part)
+    lines = []
+    for arm, seeds in runs.items():
+        cells = [arm, len(seeds)]
+        for measure in (area, final_em, searches):
+            values = [measure(run) for run in seeds.values()]
+            cells.append(plus_minus(values))
+            if arm == "grpo":
+                cells.append("")
+            else:
+                gains = differences(seeds, runs["grpo"], measure)
+                cells.append(plus_minus(gains, "+"))
+        cells += [median_cost(seeds, level) for level in LEVELS]
+        cells.append(f"{mean_of(leak, seeds):.3f}")
+        cells.append(f"{mean_of(work_s, seeds):.0f}")
+        lines.append(cells)
+    text = table(header, lines)
+    if "search-e1" in runs and "rft" in runs:
+        text += against_rft(runs["search-e1"], runs["rft"])
+    return text
+
+
+def median_cost(seeds: dict[int, Run], level: float) -> str:
+    """The median over seeds of the cost of a level, and how many never reach it."""
+    costs = [cost_of(run, level) for run in seeds.values()]
+    text = f"{median(costs) / 1e6:.2f}"
+    missed = costs.count(float("inf"))
+    if missed > 0:
+        text += f" ({missed} never)"
+    return text
+
+
+def work_s(run: Run) -> float:
+    return run[-1]["work_s"]
+
+
+def against_rft(search_e1: dict[int, Run], rft: dict[int, Run]) -> str:
+    measures = {"area": area, "final EM": final_em, "searches": searches}
+    text = ""
+    for name, measure in measures.items():
+        gains = differences(search_e1, rft, measure)
+        text += f"\n\nsearch-e1 to rft, {name}: {plus_minus(gains, '+')}"
+    return text
+
+
+def trials(part: str) -> str:
+    """What each trial reached, and with which settings."""
+    header = ["trial", "area", "final EM", "searches", "stages", "GRPO lr"]
+    header += ["offline lr", "pool", "passes", "pairs a question", "clip"]
+    lines = []
+    for name, seeds in read_part(part).items():
+        cells = [
+            name,
+            f"{mean_of(area, seeds):.3f}",
+            f"{mean_of(final_em, seeds):.3f}",
+            f"{mean_of(searches, seeds):.3f}",
+        ]
+        first_seed = min(seeds)
+        arm = seeds[first_seed][0]["arm"]
+        cells += [arm["stages"], arm["grpo_lr"], arm["ofsd_lr"]]
+        cells += [arm["ofsd_questions"], arm["ofsd_epochs"], arm["students"]]
+        cells.append(arm.get("clip", "none"))  # the first trials had no such setting
+        lines.append(cells)
+    return table(header, lines)
+
+
+def ofsd_stages(part: str) -> str:
+    """The stages of OFSD in Search-E1: what the teacher was worth, what it changed."""
+    header = ["seed", "stage", "pairs", "edge", "supported", "control"]
+    header += ["EM", "searches", "leak"]
+    header += ["KL think", "KL query", "KL answer", "KL tags"]
+    lines = []
+    for seed, run in read_part(part)["search-e1"].items():
+        tests = {test["stage"]: test for test in rows_of_kind(run, "eval")}
+        kinds = {row["stage"]: row for row in rows_of_kind(run, "kinds")}
+        for mined in rows_of_kind(run, "mining"):
+            stage = mined["stage"]
+            cells = [seed, stage, mined["pairs"], *edges_of(mined)]
+            if mined["skipped"]:
+                cells += ["skipped", "", "", "", "", "", ""]
+            else:
+                cells += changes_of_score(tests[f"before {stage}"], tests[stage])
+                cells += changes_of_kl(kinds[stage]["before"], kinds[stage]["after"])
+            lines.append(cells)
+    return table(header, lines)
+
+
+def edges_of(mined: dict) -> list[str]:
+    """The teacher's edges; empty where there was no pair to measure them on."""
+    if "edge" not in mined:
+        return ["", "", ""]
+    return [
+        f"{mined['edge']:+.2f}",
+        f"{mined['edge_supported']:+.2f}",
+        f"{mined['edge_control']:+.2f}",
+    ]
+
+
+def changes_of_score(before: dict, after: dict) -> list[str]:
+    return [
+        f"{before['em']:.3f} → {after['em']:.3f}",
+        f"{before['searches']:.2f} → {after['searches']:.2f}",
+        f"{before['leak']:.3f} → {after['leak']:.3f}",
+    ]
+
+
+def changes_of_kl(before: dict, after: dict) -> list[str]:
+    return [
+        f"{before.get(kind, 0):.3f} → {after.get(kind, 0):.3f}"
+        for kind in ("think", "search", "answer", "tag")
+    ]
+
+
+def first_stages(part: str) -> str:
+    """The offline stage that an arm begins with, means over seeds: what the first pass
+    and all passes gained, and what they cost, pool and edge aside."""
+    header = ["arm", "one pass: EM", "tokens (K)", "all passes: EM", "tokens (K)"]
+    lines = []
+    for arm, seeds in read_part(part).items():
+        first_passes = []
+        all_passes = []
+        for run in seeds.values():
+            passes = passes_of_first_stage(run)
+            if passes:
+                first_passes.append(passes[0])
+                all_passes.append(passes[-1])
+        if first_passes:
+            cells = [arm]
+            for gains_and_costs in (first_passes, all_passes):
+                gains, costs = zip(*gains_and_costs, strict=True)
+                cells.append(f"{mean(gains):+.3f}")
+                cells.append(f"{mean(costs):.0f}")
+            lines.append(cells)
+    return table(header, lines)
+
+
+def passes_of_first_stage(run: Run) -> list[tuple[float, float]]:
+    """After each pass: EM gained since the start, and thousands of tokens since the
+    pool. Empty for an arm that begins with GRPO, and for a stage that was skipped."""
+    start, *tests = rows_of_kind(run, "eval")
+    pool_cost = 0
+    passes = []
+    for test in tests:
+        if test["stage"] in ("pool ofsd-1", "pool rft-1"):
+            pool_cost = test["cost"]
+        if test["stage"] in ("ofsd-1", "rft-1"):
+            gain = test["em"] - start["em"]
+            cost = (test["cost"] - pool_cost) / 1000
+            passes.append((gain, cost))
+    return passes
+
+
+def ablations(part: str) -> str:
+    """By variant: EM after the stage less EM before it, the mean over seeds; the
+    difference to the unchanged stage, paired by seed; and each seed."""
+    header = ["variant", "EM gained", "to search-e1", "each seed"]
+    header += ["edge", "searches", "leak"]
+    gains, edges = gains_of_variants(part)
+    unchanged = gains["search-e1"]["em"]
+    lines = []
+    for variant, gained in gains.items():
+        cells = [variant, f"{mean(gained['em']):+.3f}"]
+        if variant == "search-e1":
+            cells.append("")
+        else:
+            pairs = zip(gained["em"], unchanged, strict=True)
+            paired = [ours - theirs for ours, theirs in pairs]
+            cells.append(plus_minus(paired, "+"))
+        cells.append(" ".join(f"{gain:+.3f}" for gain in gained["em"]))
+        cells.append(f"{mean(edges[variant]):+.2f}" if variant in edges else "")
+        cells.append(f"{mean(gained['searches']):+.2f}")
+        cells.append(f"{mean(gained['leak']):+.3f}")
+        lines.append(cells)
+    return table(header, lines)
+
+
+def gains_of_variants(part: str) -> tuple[dict, dict]:
+    """{variant: {"em", "searches", "leak": a gain for each seed}}, and {variant: an
+    edge for each seed} of those that have a teacher."""
+    gains: dict[str, dict[str, list[float]]] = {}
+    edges: dict[str, list[float]] = {}
+    for seeds in read_part(part).values():
+        for run in seeds.values():
+            # The last test of a stage is the one after its last pass.
+            last = {test["stage"]: test for test in rows_of_kind(run, "eval")}
+            before = last["grpo-1"]
+            for mined in rows_of_kind(run, "mining"):
+                variant = mined["stage"]
+                gained = gains.setdefault(
+                    variant, {"em": [], "searches": [], "leak": []}
+                )
+                for name, values in gained.items():
+                    values.append(last[variant][name] - before[name])
+                if "edge" in mined:
+                    edges.setdefault(variant, []).append(mined["edge"])
+    return gains, edges
+
+
+# ------------------------------------------------------------------------------ figures
+
+
+def draw(part: str, title: str) -> None:
+    """The mean curve of each arm, with its 95 % interval."""
+    with new_figure(7, 4) as figure:
+        axes = figure.subplots()
+        for arm, seeds in read_part(part).items():
+            runs = list(seeds.values())
+            costs = np.linspace(0, budget_of(runs[0]), 200)
+            curves = np.array([em_at(run, costs) for run in runs])  # (seeds, 200)
+            middle = curves.mean(axis=0)
+            standard_error = curves.std(axis=0, ddof=1) / len(runs) ** 0.5
+            half = T975[len(runs)] * standard_error
+            millions = costs / 1e6
+            (line,) = axes.plot(millions, middle, label=f"{arm} ({len(runs)} seeds)")
+            axes.fill_between(
+                millions,
+                middle - half,
+                middle + half,
+                color=line.get_color(),
+                alpha=0.15,
+                linewidth=0,
+            )
+        axes.set_title(title)
+        axes.set_xlabel("cost, million tokens (forward 1, forward and backward 3)")
+        axes.set_ylabel("exact match, test questions")
+        axes.set_ylim(0, None)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(RESULTS / f"evidence-{part}.png", dpi=110)
+
+
+# --------------------------------------------------------------------------------- main
+
+SECTIONS = [  # a title, the part that it reads, and what makes the table
+    (
+        "Trials from the base, one development seed, validation questions",
+        "trials/base-1",
+        trials,
+    ),
+    (
+        "More trials from the base, the same seed, validation questions",
+        "trials/base-2",
+        trials,
+    ),
+    ("From the base", "loop", comparison),
+    ("The offline stage that an arm begins with, from the base", "loop", first_stages),
+    (
+        "Trials from the converged policy, one seed, validation questions",
+        "trials/plateau-1",
+        trials,
+    ),
+    (
+        "More trials from there, the same seed, validation questions",
+        "trials/plateau-2",
+        trials,
+    ),
+    ("From a policy that GRPO improves no more", "plateau", comparison),
+    ("The offline stage that an arm begins with, from there", "plateau", first_stages),
+    ("Stages of OFSD in search-e1, from the base", "loop", ofsd_stages),
+    ("Stages of OFSD in search-e1, from the converged policy", "plateau", ofsd_stages),
+    ("One stage, one thing changed, validation questions", "ablations", ablations),
+]
+
+
+def all_tables() -> str:
+    """The text of results/evidence.md."""
+    text = "# Tables\n\n"
+    text += "Written by `python -m experiments.tables` from `results/evidence/`; "
+    text += "what they mean: README.md.\n"
+    for title, part, make in SECTIONS:
+        if read_part(part):
+            text += f"\n## {title}\n\n{make(part)}\n"
+    return text
+
+
+def main() -> None:
+    text = all_tables()
+    (RESULTS / "evidence.md").write_text(text, encoding="utf-8")
+    print(text)
+    draw("loop", "From the base model")
+    draw("plateau", "From a policy that GRPO improves no more")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,36 @@
+"""What a user of train.py is told while there is time to do something about it."""
+
+HOPELESS_STEPS = 3
+
+NOTHING_EARNED = (
+    "No trajectory has earned a reward, so nothing can be learned. Does the model"
+    " search and answer? python -m tools.start teaches it to (docs/faq.md)."
+)
+
+
+def nothing_earned(statistics: list[dict]) -> bool:
+    """Were the first steps of a stage without any reward? True at one step only."""
+    if len(statistics) != HOPELESS_STEPS:
+        return False
+    return all(step["reward"] == 0 and step["zero_var"] == 1 for step in statistics)
+
+
+def bytes_per_token(tokenizer, questions: list[dict]) -> float:
+    """How much text a token holds in these questions.
+
+    A tokenizer that knows a language needs a token for some four bytes, and for three
+    where it is written without spaces. The micro model reads English at about 1.5.
+    """
+    texts = [question["question"] for question in questions[:100]]
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
+    return sum(len(text.encode()) for text in texts) / max(tokens, 1)
+
+
+def foreign_words(model_name: str, tokenizer, questions: list[dict]) -> str:
+    """A warning where the questions' words are not the model's, else ""."""
+    if bytes_per_token(tokenizer, questions) >= 2:
+        return ""
+    return (
+        f"The words of these questions are strange to {model_name}: it reads them"
+        " nearly letter by letter, and may learn nothing. Try another --model."
+    )

@@ -1,0 +1,274 @@
+"""Models: loading them, checking that they can be sampled and trained exactly, saving.
+
+What is not exact is refused in one line, before any work is done. What a library raises
+for a model that it cannot use becomes such a line, too. A mistake in the code of this
+repository does not: it shows its traceback.
+"""
+
+import contextlib
+import copy
+import logging
+import re
+import shutil
+import traceback
+from datetime import date
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.chat_template_utils import jinja2
+from transformers.utils.logging import disable_progress_bar
+
+from grpo import policy_hidden, response_logits, to_logits
+from machinery.devices import choose_arithmetic, choose_device
+from machinery.errors import BadInput
+from machinery.text import chat_ids, decode, encode
+from rollout import RowCache, Trajectory, context_length, parse_turn, standard_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Families of models fail in ways of their own, in their own code.
+RAISED_BY_LIBRARIES = (
+    AttributeError,
+    ImportError,
+    IndexError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    jinja2.exceptions.TemplateError,
+    TypeError,
+    ValueError,
+)
+
+
+def load_model(name: str, day: str = "", device: str = "auto", arithmetic="auto"):
+    """(model, tokenizer) from a folder or a hub name. Its weights are float32.
+
+    day, as 2026-01-31, is written into a chat template that asks for the date. For
+    device and arithmetic see machinery/devices.py. Raises BadInput for what cannot be
+    loaded, or not be sampled exactly.
+    """
+    place = choose_device(device)
+    model, tokenizer = read_model(name, day)
+    with refusing(f"cannot use {name}"):
+        check_sampling(model, tokenizer)  # on the CPU, where float32 leaves no doubt
+    return place_model(model, place, arithmetic), tokenizer
+
+
+def place_model(model, device: str, arithmetic: str):
+    """Move a model to its device, and note its arithmetic."""
+    device = choose_device(device)
+    model.arithmetic = choose_arithmetic(arithmetic, device)
+    return model.to(device)
+
+
+@contextlib.contextmanager
+def refusing(beginning: str):
+    """A context in which what a library raises becomes a BadInput with this beginning.
+
+    What the code of this repository raises passes, BadInput aside: it is a mistake, and
+    its traceback is wanted.
+    """
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{beginning}: {error}") from error
+    except RAISED_BY_LIBRARIES as error:
+        if raised_here(error):
+            raise
+        message = " ".join(str(error).split())
+        raise BadInput(f"{beginning}: {message}") from error
+
+
+def raised_here(error: Exception) -> bool:
+    """Was it raised by a line of this repository, and not by one of a library?"""
+    frames = traceback.extract_tb(error.__traceback__)
+    innermost = Path(frames[-1].filename).resolve()
+    in_a_library = "site-packages" in innermost.parts
+    return innermost.is_relative_to(ROOT) and not in_a_library
+
+
+def read_model(name: str, day: str = ""):
+    """(model, tokenizer) on the CPU, unchecked."""
+    # One line of ours is enough, in place of the libraries' reports.
+    for library in ("huggingface_hub", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    disable_progress_bar()
+    with refusing(f"cannot use {name}"):
+        check_name(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        choose_template(tokenizer)
+        write_date(tokenizer, day or str(date.today()))
+        remove_dropout(config)
+        if "flash" in str(config._attn_implementation):
+            config._attn_implementation = "sdpa"  # it computes the same, and is there
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:  # they would be drawn at random, anew at each loading
+            raise BadInput(
+                f"its files lack {len(missing)} of the weights, such as {missing[0]}"
+            )
+    return model.eval(), tokenizer
+
+
+def check_name(name: str) -> None:
+    """Raise BadInput for what is no folder and cannot be a name on the hub."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise BadInput(
+            "there is no such folder, and a model on the hub is called owner/name."
+            f" python -m tools.start --out {name} makes a start (docs/real-models.md)"
+        )
+
+
+def choose_template(tokenizer) -> None:
+    """Of several chat templates take the default one, as transformers does."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        if "default" not in templates:
+            names = ", ".join(templates)
+            raise BadInput(f"it has the chat templates {names}, and no default one")
+        tokenizer.chat_template = templates["default"]
+
+
+def write_date(tokenizer, day: str) -> None:
+    """Put the date into a chat template that asks for it, so that it never changes."""
+
+    def written(match: re.Match) -> str:
+        return repr(date.fromisoformat(day).strftime(match[2]))
+
+    if isinstance(tokenizer.chat_template, str):
+        asks = r"strftime_now\((['\"])(.*?)\1\)"
+        tokenizer.chat_template = re.sub(asks, written, tokenizer.chat_template)
+
+
+def remove_dropout(config) -> None:
+    """Without dropout, training scores a trajectory as sampling did."""
+    for part in (config, config.get_text_config()):
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+def check_sampling(model, tokenizer) -> None:
+    """Raise BadInput where sampling would not be exact, or where no turn could end."""
+    check_tokenizer(model, tokenizer)
+
+    # A cache keeps what a token saw. It must have seen all, and must not move.
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None) is None and window:
+        kinds = ["sliding_attention"]
+    positions = str(getattr(config, "rope_parameters", None))
+    rescaled = re.search("dynamic|longrope", positions)
+    windows = [
+        value
+        for name, value in vars(config).items()
+        if re.search("window_size$|attention_chunk_size$", name)
+    ]
+    limit = context_length(model)
+    narrow = any(isinstance(window, int) and window < limit for window in windows)
+    if set(kinds) != {"full_attention"} or rescaled or narrow:
+        raise BadInput(
+            "a token must see all before it, at positions that no later one changes"
+        )
+
+    # Two rows, a long one and a short one, of tokens of all sorts: with the cache and
+    # without.
+    size = model.get_input_embeddings().weight.shape[0]
+    length = min(400, context_length(model) - 1)
+    ids = (torch.arange(length) * 7919 % size).tolist()
+    sequences = [ids, ids[:7]]
+    cache = RowCache(model)
+    cache.feed([ids[:-1] for ids in sequences])
+    cached = cache.feed([ids[-1:] for ids in sequences]).log_softmax(-1)  # (2, V)
+    for number, ids in enumerate(sequences):
+        logits = model(torch.tensor([ids])).logits[0, -1].float()  # (V,)
+        gap = (cached[number] - logits.log_softmax(-1)).abs().max()
+        if not gap < 0.01:  # it may be NaN
+            raise BadInput(
+                f"log-probabilities are off by {gap:.2g} when sampled with a cache"
+            )
+
+
+def check_tokenizer(model, tokenizer) -> None:
+    """Raise BadInput where its tokens do not fit the model, or its turns cannot end."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id is None or not 0 < len(tokenizer) <= size:
+        raise BadInput(
+            "its tokenizer has no end-of-sequence token, or too many tokens, or none"
+        )
+    chat_ids(tokenizer, standard_prompt(tokenizer, "?"))  # its chat template may raise
+    turn = decode(tokenizer, encode(tokenizer, "<answer> Ada </answer>"))
+    if parse_turn(turn) is None:
+        raise BadInput(f"its tokenizer reads '<answer> Ada </answer>' as {turn!r}")
+
+
+@torch.autocast("cpu", enabled=False)
+def check_training(model) -> None:
+    """Raise BadInput where a training pass does not see the logits that sampling sees.
+
+    The gap is a total variation: half the sum over the vocabulary of the differences in
+    probability. In bfloat16 a pretrained model is off by .06, and still exact enough.
+    """
+    probe = Trajectory("", [1], response_ids=[2] * 40, loss_mask=[1] * 40)
+    logits = to_logits(model, policy_hidden(model, [probe]))  # (40, V)
+    plain = response_logits(model, probe)  # (40, V)
+    differences = (logits.softmax(-1) - plain.softmax(-1)).abs()  # (40, V)
+    gap = differences.sum(-1).max() / 2
+    limit = 0.005 if model.device.type == "cpu" else 0.1
+    if not gap < limit:  # it may be NaN
+        raise BadInput(f"its probabilities are off by {gap:.2g} when it is trained")
+    logits.sum().backward()  # this must work, too
+    model.zero_grad()
+
+
+def frozen_copy(model):
+    """A copy that is never trained. On a GPU it is rounded to bfloat16 where the model
+    computes in it, so a KL to this copy begins a little above 0."""
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu and getattr(model, "arithmetic", None) == torch.bfloat16:
+        return frozen.bfloat16()
+    return frozen
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """A context in which the tokenizers library's errors become OSError.
+
+    It raises Exception itself, and no kind of it, where a disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception:
+            raise OSError(f"cannot write tokenizer.json: {error}") from error
+        raise
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """Write beside, then replace: if that is cut short, folder.new is whole.
+
+    Raises OSError where the disk is full.
+    """
+    new = folder.with_name(folder.name + ".new")
+    try:
+        model.save_pretrained(new)
+        with plain_errors():
+            tokenizer.save_pretrained(new)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {new}: {error}") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
