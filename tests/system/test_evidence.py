@@ -16,12 +16,12 @@ from experiments import ablations, evidence, mechanism, stages, tables
 from experiments.arms import ABLATIONS, Arm, Variant
 from grpo import response_logits
 from machinery import run as run_module
-from machinery import supervised
 from machinery.models import frozen_copy
 from machinery.questions import load_questions
 from machinery.text import decode, encode
 from ofsd import Pair, mine_pair, mine_pairs, privileged_prompt
 from rollout import Trajectory, rollout
+from tools import imitation
 from tools.imitation import imitation_step
 
 
@@ -74,7 +74,7 @@ class Meter:
         self.policy_hidden = grpo.policy_hidden
         self.kl_by_kind = stages.kl_by_kind
         monkeypatch.setattr(run_module, "rollout", self.sample)
-        for module in (grpo, ofsd, supervised, stages):
+        for module in (grpo, ofsd, imitation, stages):
             monkeypatch.setattr(module, "policy_hidden", self.forward)
         monkeypatch.setattr(stages, "kl_by_kind", self.statistic)
 
