@@ -253,7 +253,9 @@ def main() -> None:
         shared_retriever = open_index(flags.corpus)
     if flags.out:
         check_out(flags.out)
-    model, tokenizer = load_model(flags.model)
+    model, tokenizer = load_model(
+        flags.model, device=flags.device, arithmetic=flags.arithmetic
+    )
 
     # 2. Evaluate each set, within the limits that the model was trained with. Save the
     #    settings with the results.

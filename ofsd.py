@@ -412,8 +412,8 @@ def ofsd_step(
     if 0 < grad_norm < math.inf:
         optimizer.step()
     optimizer.zero_grad()
-    loss_of_all_devices = sum(gather(loss_sum))
-    return {"loss": loss_of_all_devices, "grad_norm": grad_norm}
+    # Each device has its part of the loss.
+    return {"loss": sum(gather(loss_sum)), "grad_norm": grad_norm}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ import re
 import sys
 from array import array
 from collections import defaultdict
+from unicodedata import normalize
 
 import numpy as np
 from tqdm import tqdm
@@ -61,10 +62,16 @@ WORD = r"\w[\w\u0307]*"
 def words(text: str) -> list[str]:
     """The words of a text, in lower case. There is no stemming and no stop list.
 
+    An accent may be written apart from its letter, or in one piece with it (NFC). Here
+    it is always in one piece, so that the two are the same word.
+
     >>> words("Apollo 8's crew")
     ['apollo', '8', 's', 'crew']
     """
-    return re.findall(WORD, text.lower())
+    text = text.lower()
+    if not text.isascii():
+        text = normalize("NFC", text)
+    return re.findall(WORD, text)
 
 
 def bm25_score(
@@ -291,7 +298,7 @@ def starred(text: str, query: str) -> str:
             return f"*{match[0]}*"
         return match[0]
 
-    return re.sub(WORD, star, text)
+    return re.sub(WORD, star, normalize("NFC", text))
 
 
 def main() -> None:

@@ -466,8 +466,9 @@ def sample(logits, temperature: float, generator=None) -> tuple[list[int], list[
 
 def context_length(model) -> int:
     """The maximum number of tokens that a model can read at once."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit or 1_000_000_000
+    config = model.config.get_text_config()
+    mpt_limit = getattr(config, "max_seq_len", 1_000_000_000)
+    return getattr(config, "max_position_embeddings", None) or mpt_limit
 
 
 # ---------------------------------------------------------------- the cache

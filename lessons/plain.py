@@ -1,5 +1,5 @@
 """Search-E1 on one page: a language model, the policy, learns to search. Read it first.
-Run it with a seed, which takes about ten minutes on one core, or make it a notebook:
+Run it with a seed (some fifteen minutes on one core), or turn it into a notebook:
     python -m lessons.plain 0
     jupytext --to notebook --output plain.ipynb lessons/plain.py
 """
@@ -207,7 +207,7 @@ if __name__ == "__main__":
         update(grpo_losses, batch)
     test("after GRPO")
     students = []
-    for question in random.sample(questions, 160):
+    for question in random.sample(questions, 120):
         pair = mine(sample_group(question))
         if pair:
             reference, student = pair

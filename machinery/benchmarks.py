@@ -7,6 +7,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from machinery.devices import ARITHMETICS, DEVICES
 from machinery.errors import BadInput
 from machinery.questions import load_questions
 from machinery.terminal import Parser
@@ -60,6 +61,13 @@ def parse_flags() -> Namespace:
         "--max-searches",
         type=int,
         help="searches a question (default: as it was trained, or 4)",
+    )
+    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument(
+        "--arithmetic",
+        default="auto",
+        choices=ARITHMETICS,
+        help="precision of matrix products",
     )
     parser.add_argument("--out", help="write results, and what made them, to this file")
     if not sys.argv[1:]:

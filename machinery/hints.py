@@ -1,5 +1,7 @@
 """What a user of train.py is told while there is time to do something about it."""
 
+from machinery.text import decode, encode
+
 HOPELESS_STEPS = 3
 
 NOTHING_EARNED = (
@@ -16,14 +18,19 @@ def nothing_earned(statistics: list[dict]) -> bool:
 
 
 def bytes_per_token(tokenizer, questions: list[dict]) -> float:
-    """How much text a token holds in these questions.
+    """How much text a token holds in these questions. An unknown one holds none.
 
     A tokenizer that knows a language needs a token for some four bytes, and for three
     where it is written without spaces. The micro model reads English at about 1.5.
     """
-    texts = [question["question"] for question in questions[:100]]
-    tokens = sum(len(tokenizer(text)["input_ids"]) for text in texts)
-    return sum(len(text.encode()) for text in texts) / max(tokens, 1)
+    tokens = 0
+    size = 0
+    for question in questions[:100]:
+        ids = encode(tokenizer, question["question"])
+        tokens += len(ids)
+        known = [token for token in ids if token != tokenizer.unk_token_id]
+        size += len(decode(tokenizer, known).encode())
+    return size / max(tokens, 1)
 
 
 def foreign_words(model_name: str, tokenizer, questions: list[dict]) -> str:

@@ -25,16 +25,31 @@ def to_passage(row: dict, score: float = 0.0) -> Passage:
     """A passage from {"id", "title", "text"} or from {"id", "contents"}.
 
     Search-R1 and FlashRAG write the second: the first line of contents is the title,
-    often in quotation marks. ValueError is raised for anything else.
+    often in quotation marks. If there is a "title", too, that is no line of contents,
+    all of contents is text. ValueError is raised for anything else.
     """
     title = row.get("title", "")
     text = row.get("text")
     contents = row.get("contents")
     if isinstance(contents, str):
-        first_line, _, text = contents.partition("\n")
-        title = re.sub(r'^"(.*)"$', r"\1", first_line.strip())
+        first_line, _, rest = contents.partition("\n")
+        first_line = without_quotation_marks(first_line)
+        if not title or without_quotation_marks(str(title)) == first_line:
+            title = first_line
+            text = rest
+        else:
+            text = contents
     if "id" not in row or not isinstance(title, str) or not isinstance(text, str):
         raise ValueError(
             'a passage needs "id", and "text" (with a "title") or "contents"'
         )
     return Passage(str(row["id"]), title, text, score)
+
+
+def without_quotation_marks(title: str) -> str:
+    """The title without blanks and quotation marks around it.
+
+    >>> without_quotation_marks(' "Ada Lovelace" ')
+    'Ada Lovelace'
+    """
+    return re.sub(r'^"(.*)"$', r"\1", title.strip())

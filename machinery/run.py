@@ -40,7 +40,7 @@ from machinery.questions import load_questions, load_training_questions
 from machinery.ranks import gather, rank, rank_count
 from machinery.remote import RemoteRetriever
 from machinery.tables import report
-from machinery.text import chat_ids, decode
+from machinery.text import chat_ids, decode, whole_characters
 from ofsd import Pair, token_divergences
 from retriever import open_index
 from rollout import Trajectory, rollout, spans, standard_prompt
@@ -130,7 +130,8 @@ class Run:
         self.model = place_model(self.model, config.device, config.arithmetic)
         # Kept in the tokenizer's files: the trained model brings its prompt and limits.
         if config.prompt:
-            self.tokenizer.init_kwargs["search_prompt"] = config.prompt
+            prompt = whole_characters(config.prompt)
+            self.tokenizer.init_kwargs["search_prompt"] = prompt
         limits = {name: getattr(config, name) for name in LIMITS}
         self.tokenizer.init_kwargs["search_limits"] = limits
         self.ref_model = None  # pi_ref, which only a penalty needs

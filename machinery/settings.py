@@ -1,12 +1,17 @@
 """Settings: the fields of a dataclass as flags, and as keys of a settings file."""
 
 import json
+import re
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import Field, field, fields, replace
 from pathlib import Path
 
 from machinery.errors import BadInput
 from machinery.terminal import Parser
+
+# A NUL and half of a character (a lone surrogate). No path can hold them. The halves
+# that are left out here stand for bytes of a path that is not in UTF-8.
+IMPOSSIBLE = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 
 def setting(default, help: str, *, zero: bool = False, choices: tuple = ()):
@@ -28,6 +33,9 @@ def check_setting(item: Field, value) -> None:
             good = True
         if good:
             good = 0 < value < 2**32 or (value == 0 and zero)
+    if item.type is str:
+        wanted = "without NUL and without half characters"
+        good = good and not IMPOSSIBLE.search(value)
     if choices:
         wanted = f"one of {', '.join(choices)}"
         good = good and value in choices

@@ -5,10 +5,11 @@ import inspect
 import json
 import os
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
-from conftest import ROOT, run_here
+from conftest import ROOT, SMALL, read, run_here
 
 import eval as eval_module
 from eval import (
@@ -24,6 +25,7 @@ from eval import (
 from machinery.passages import Passage
 from machinery.tables import interval
 from rollout import Trajectory, rollout, standard_prompt
+from train import train
 
 # ------------------------------------------------------------------ one answer
 
@@ -373,6 +375,34 @@ def test_the_flags_reach_the_rollouts_and_the_interval_is_of_em(script, monkeypa
     assert calls == [(7, {"k": 5, "max_searches": 0, "progress": "micro/test.jsonl"})]
     low, high = interval(0.5, 100)
     assert json.loads(printed) == {**RESULT, "em_interval": [low, high]}
+
+
+def test_a_trained_model_is_tested_as_its_run_tested_it(script, tmp_path):
+    """Within the limits of its training, with its prompt, and with no flag at all."""
+    limits = {
+        "k": 1,
+        "max_searches": 2,
+        "max_tokens": 150,
+        "max_turn_tokens": 40,
+        "max_observation_tokens": 60,
+    }
+    prompt = "{question} "
+    run = replace(SMALL, out=str(tmp_path / "run"), rounds=0, prompt=prompt, **limits)
+    folder = train(run)
+    tested = read(folder, "metrics.jsonl")[0]
+    out = tmp_path / "result.json"
+    model = ("--model", folder / "model", "--limit", 6, "--out", out)
+    status, _, said = script(*model, *QUESTION_FILE, *CORPUS)
+    assert status == 0, said
+    saved = json.loads(out.read_text())
+    assert limits.items() <= saved.items() and saved["prompt"] == prompt
+    result = saved["results"]["micro/test.jsonl"]
+    for name in ("em", "f1", "em_supported", "searches", "answered", "em_by"):
+        assert result[name] == tested[name]
+    status, _, said = script(*model, *QUESTION_FILE, *CORPUS, "--k", 3)
+    saved = json.loads(out.read_text())
+    assert (saved["k"], saved["max_searches"]) == (3, 2)
+    assert saved["results"]["micro/test.jsonl"] != result
 
 
 @pytest.fixture

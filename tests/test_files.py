@@ -36,6 +36,34 @@ def test_a_passage_may_carry_a_score():
         to_passage({"id": 1, "contents": None})
 
 
+@pytest.mark.parametrize(
+    ("row", "title", "text"),
+    [
+        # The title is the first line of contents.
+        ({"title": "Ada", "contents": "Ada\nwrote"}, "Ada", "wrote"),
+        ({"title": "Ada", "contents": '"Ada"\nwrote\nit'}, "Ada", "wrote\nit"),
+        ({"title": '"Ada"', "contents": ' "Ada" \nwrote'}, "Ada", "wrote"),
+        ({"title": "Ada ", "contents": "Ada"}, "Ada", ""),
+        # It is not.
+        ({"title": "Ada", "contents": "Ada wrote\nit"}, "Ada", "Ada wrote\nit"),
+        ({"title": "Ada", "contents": "wrote\nAda"}, "Ada", "wrote\nAda"),
+        ({"title": '"Ada"', "contents": "wrote"}, '"Ada"', "wrote"),
+        # There is none.
+        ({"title": "", "contents": "Ada\nwrote"}, "Ada", "wrote"),
+        ({"title": None, "contents": '"Ada"\nwrote'}, "Ada", "wrote"),
+        # The same with a text beside: it is not looked at.
+        ({"title": "Ada", "contents": "wrote", "text": "x"}, "Ada", "wrote"),
+    ],
+)
+def test_a_title_beside_contents_is_kept_unless_it_is_the_first_line(row, title, text):
+    assert to_passage({"id": 0, **row}) == Passage("0", title, text)
+
+
+def test_a_title_that_is_no_text_is_refused_and_not_lost():
+    with pytest.raises(ValueError, match="a passage needs"):
+        to_passage({"id": 0, "title": 1984, "contents": "a novel"})
+
+
 def test_a_byte_order_mark_is_skipped(tmp_path):
     """Some editors write one at the beginning of a file."""
     path = tmp_path / "c.jsonl"

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from machinery import benchmarks
-from machinery.benchmarks import BENCHMARKS, question_sets
+from machinery.benchmarks import BENCHMARKS, question_sets, trained_limits
 from machinery.errors import BadInput
 from machinery.questions import load_questions, load_training_questions
 
@@ -273,3 +273,17 @@ def test_a_server_or_a_corpus_for_all_needs_none_of_a_set():
         assert len(question_set.questions) == 3 and question_set.corpus is None
     with pytest.raises(BadInput, match=f"no corpus for {path}: give --corpus"):
         question_sets(flags(questions=path, corpus=None))
+
+
+def test_a_trained_model_is_tested_within_its_own_limits():
+    """They come with its tokenizer. A flag wins, also one of 0 searches."""
+    limits = {"max_searches": 2, "k": 1, "max_tokens": 700}
+    trained = Namespace(init_kwargs={"search_limits": limits})
+    untrained = Namespace(init_kwargs={})
+    none = Namespace(k=None, max_searches=None)
+    assert trained_limits(none, trained) == limits
+    assert trained_limits(none, untrained) == {"k": 3, "max_searches": 4}
+    both = Namespace(k=5, max_searches=0)
+    expected = {"max_searches": 0, "k": 5, "max_tokens": 700}
+    assert trained_limits(both, trained) == expected
+    assert limits["k"] == 1  # the tokenizer's own are left alone

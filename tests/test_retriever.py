@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -55,10 +56,42 @@ def test_a_letter_that_becomes_two_in_lower_case_stays_in_its_word():
     assert len(words("İzmir")) == 1
     assert words("İzmir") != words("Izmir")
     assert "i" not in words("İ")
-    assert words("Ukpeag\u0307vik") == ["ukpeag\u0307vik"]  # a dot over another letter
+    assert words("Ukpeag\u0307vik") == ["ukpea\u0121vik"]  # a dot over another letter
+    assert words("Aq\u0307b") == ["aq\u0307b"]  # which is in no one piece
     index = BM25([Passage("0", "", "I sleep"), Passage("1", "", "İzmir lies by a sea")])
     assert index.search(["İ"], 2) == [[]]
     assert [passage.id for passage in index.search(["in İzmir"], 2)[0]] == ["1"]
+
+
+# "Café Ångström" with accents in one piece, apart, and with the sign of the unit.
+ONE_PIECE = "Caf\u00e9 \u00c5ngstr\u00f6m"
+FORMS = [ONE_PIECE, "Cafe\u0301 A\u030angstro\u0308m", "Cafe\u0301 \u212bngstr\u00f6m"]
+
+
+@pytest.mark.parametrize("written", FORMS)
+@pytest.mark.parametrize("asked", FORMS)
+def test_an_accent_apart_from_its_letter_is_the_same_as_in_one_piece(written, asked):
+    assert words(written) == words(asked) == ["caf\u00e9", "\u00e5ngstr\u00f6m"]
+    index = BM25([Passage("0", "", written), Passage("1", "", "Cafe Angstrom")])
+    assert [passage.id for passage in index.search([asked], 2)[0]] == ["0"]
+    assert index.search([asked], 1)[0][0].text == written  # shown as it was written
+    one_piece = BM25([Passage("0", "", ONE_PIECE), Passage("1", "", "Cafe Angstrom")])
+    assert index.scores(asked).tolist() == one_piece.scores(ONE_PIECE).tolist()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\u1109\u1165\u110b\u116e\u11af", "I\u0307zmir", "H\u0331a", "\u1fb3\u0301"],
+)
+def test_any_text_has_the_same_words_in_both_normal_forms(text):
+    """Among them Korean in letters, and what has another length in lower case."""
+    forms = [text, normalize("NFC", text), normalize("NFD", text)]
+    assert words(forms[0]) == words(forms[1]) == words(forms[2]) != []
+
+
+def test_a_word_with_its_accents_apart_is_marked():
+    starred = retriever.starred("a Cafe\u0301, a cafe", "caf\u00e9")
+    assert starred == "a *Caf\u00e9*, a cafe"
 
 
 def test_a_score_worked_by_hand():

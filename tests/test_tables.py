@@ -1,13 +1,16 @@
-"""What is printed and logged: machinery/tables.py and machinery/metrics.py."""
+"""What is printed and logged: machinery/tables.py, metrics.py, token_statistics.py."""
 
 import json
 
 import pytest
 import torch
 
+from grpo import TokenLosses
+from machinery import token_statistics
 from machinery.benchmarks import BENCHMARKS, MULTI_HOP, SINGLE_HOP
 from machinery.metrics import batch_stats
 from machinery.tables import interval, print_results, print_table, report
+from machinery.token_statistics import TokenStatistics
 from rollout import Trajectory
 
 
@@ -24,6 +27,11 @@ def test_intervals():
     for hits in range(11):
         low, high = interval(hits / 10, 10)
         assert 0 <= low < high <= 1
+    # Where all is wrong, or all is right, no rounding puts the share outside. A figure
+    # draws what lies between as a bar, which cannot be of negative length.
+    for n in range(1, 500):
+        assert interval(0.0, n)[0] == 0.0
+        assert interval(1.0, n)[1] == 1.0
 
 
 # ----------------------------------------------------------------------- tables
@@ -168,6 +176,60 @@ def test_what_a_batch_says_before_training():
         "no_answer": 0.25,
         "repeats": 0.25,
     }
+    # Equal is what is equal within a group.
+    rewards = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    assert batch_stats(trajectories, rewards)["zero_var"] == 0.25
     # Any number may be a reward. Equal ones teach nothing, whatever they are.
     stats = batch_stats(trajectories, torch.tensor([[-0.5, -0.5], [0.25, -0.25]]))
     assert (stats["reward"], stats["zero_var"]) == (-0.25, 0.5)
+
+
+# ------------------------------------------------------------- an update's tokens
+
+
+def chunk_of(*log_ratios: float, clipped: int = 0, kl: float | None = None):
+    """The TokenLosses of a chunk, and its entropies: 1 nat each."""
+    count = len(log_ratios)
+    is_clipped = torch.zeros(count, dtype=torch.bool)
+    is_clipped[:clipped] = True
+    kls = None if kl is None else torch.full((count,), kl)
+    losses = TokenLosses(torch.zeros(count), torch.tensor(log_ratios), is_clipped, kls)
+    return torch.tensor(0.5), losses, torch.ones(count)
+
+
+def test_an_update_logs_the_mean_token_and_the_largest_gap(monkeypatch):
+    """The chunks have different sizes, and one device has none of the tokens."""
+    statistics = TokenStatistics()
+    statistics.add(*chunk_of(0.1, -0.4, 0.0, clipped=2, kl=0.5))
+    statistics.add(*chunk_of())
+    statistics.add(*chunk_of(0.2, clipped=0, kl=0.1))
+    alone = {
+        "loss": 1.5,
+        "clip_frac": 0.5,
+        "entropy": 1.0,
+        "logprob_gap": 0.4,
+        "kl": 0.4,
+    }
+    assert statistics.summary() == pytest.approx(alone)
+
+    idle = TokenStatistics()
+    other = TokenStatistics()
+    other.add(*chunk_of(*[0.3] * 4, clipped=4, kl=0.0))
+    devices = [idle, statistics, other]
+    monkeypatch.setattr(token_statistics, "gather", lambda value: devices)
+    together = {
+        "loss": 2.0,
+        "clip_frac": 0.75,
+        "entropy": 1.0,
+        "logprob_gap": 0.4,
+        "kl": 0.2,
+    }
+    assert statistics.summary() == pytest.approx(together)
+
+
+def test_without_a_token_or_a_penalty_there_is_no_division_and_no_kl():
+    statistics = TokenStatistics()
+    nothing = {"loss": 0.0, "clip_frac": 0.0, "entropy": 0.0, "logprob_gap": 0.0}
+    assert statistics.summary() == nothing
+    statistics.add(*chunk_of(0.0))
+    assert statistics.summary() == {**nothing, "loss": 0.5, "entropy": 1.0}

@@ -1,6 +1,7 @@
 """machinery/terminal.py: what a script says on a terminal, and how it ends."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -121,10 +122,13 @@ def test_half_a_line_on_a_full_disk_is_not_lost_in_silence():
         "from machinery.terminal import run_script\n"
         "run_script(lambda: print('half a line', end=''))"
     )
+    # Unbuffered, Python itself would notice it at once.
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
+            env=buffered,
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

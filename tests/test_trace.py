@@ -138,6 +138,44 @@ def test_a_pair_shows_its_own_rewards_and_advantages(
     shown = re.search(r"rewards of the group: ([^<]*)<", text)[1].split(" ")
     assert [float(reward) for reward in shown] == rewards and "-0" not in shown
     assert "-0.000 nats" not in text
+    # Below 0 by rounding, a divergence once gave a complex number for a colour.
+    colours = re.findall(r"rgba\(214, 40, 30, ([^)]*)\)", text)
+    assert colours == ["0.00", "0.50", "1.00"]
+
+
+def test_questions_with_the_same_id_stay_apart():
+    """Before and after are paired by their order: all tests ask the same questions."""
+    logged = []
+    for stage in ("base", "grpo-1", "ofsd-1"):
+        for number in range(4):
+            row = attempt(f"{stage} {number}", em=1.0, reward=1.0)
+            row["question"] = f"Which {number}?"
+            row["golden_answers"] = [f"golden {number}"]
+            ids = {"kind": "eval", "stage": stage, "id": str(number % 2)}
+            logged.append({**row, **ids})
+    parts = trace.test_section(logged, "base", "ofsd-1")
+    assert parts[0].startswith("<h2>4 of 4 test questions")
+    text = "".join(parts)
+    for number in range(4):
+        section = text.split(f"Which {number}?")[1].split("<h3>")[0]
+        for said in ("golden", "base", "ofsd-1"):
+            assert f"{said} {number}" in section
+    # While the last test is being logged, some of its answers are not there yet.
+    parts = trace.test_section(logged[:-1], "base", "ofsd-1")
+    assert parts[0].startswith("<h2>3 of 3 test questions")
+
+
+def test_what_changed_comes_first_and_then_the_most_searches():
+    logged = []
+    for stage, ems in (("base", (0, 0, 1, 1)), ("ofsd-1", (0, 0, 1, 0))):
+        for number, em in enumerate(ems):
+            row = attempt("x", em, em)
+            row["question"] = f"Which {number}?"
+            row["queries"] = ["q"] * number
+            row["golden_answers"] = ["x"]
+            logged.append({**row, "kind": "eval", "stage": stage, "id": str(number)})
+    text = "".join(trace.test_section(logged, "base", "ofsd-1"))
+    assert re.findall(r"Which (\d)", text) == ["3", "2", "1", "0"]
 
 
 def test_everything_is_escaped(run, tmp_path):

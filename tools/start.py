@@ -35,13 +35,14 @@ import torch
 from tqdm import tqdm
 
 from eval import supported
+from machinery.devices import ARITHMETICS
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
 from machinery.models import load_model, save_model
 from machinery.passages import Passage
 from machinery.questions import load_questions
 from machinery.terminal import Parser, run_script
-from machinery.text import chat_ids, decode, neutralise
+from machinery.text import chat_ids, decode, neutralise, whole_characters
 from ofsd import privileged_prompt
 from retriever import open_index
 from rollout import Trajectory, context_length, observation_ids, standard_prompt
@@ -77,7 +78,7 @@ def make_start(
     index = open_index(corpus)
     policy, tokenizer = load_model(model, arithmetic=arithmetic)
     if prompt:  # kept in the tokenizer's files
-        tokenizer.init_kwargs["search_prompt"] = prompt
+        tokenizer.init_kwargs["search_prompt"] = whole_characters(prompt)
 
     # 2. Demonstrations, for questions in random order.
     rng = random.Random(seed)
@@ -331,6 +332,12 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, help="which demonstrations, in which order"
     )
+    parser.add_argument(
+        "--arithmetic",
+        default="auto",
+        choices=ARITHMETICS,
+        help="precision of matrix products",
+    )
     flags = parser.parse_args()
 
     limits = (
@@ -371,6 +378,7 @@ def main() -> None:
         batch=flags.batch,
         lr=flags.lr,
         seed=flags.seed,
+        arithmetic=flags.arithmetic,
     )
 
 

@@ -22,7 +22,7 @@ import lessons.retriever
 import lessons.rollout
 from lessons.common import load_world, relation_words, sample_groups
 
-COPIED = ["lessons", "machinery", "tests", "micro"]
+COPIED = ["lessons", "machinery", "micro", "tests", "tools"]
 SEPARATORS = r"^### (\d+)\. "
 
 

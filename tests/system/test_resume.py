@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import date, datetime
+from datetime import time as clock
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, line_of, read, run_main, steps_of, untimed
@@ -21,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import grpo
 import train as train_module
 from machinery.errors import BadInput
-from machinery.run import Run
+from machinery.run import Run, read_checkpoint
 from machinery.settings import read_settings
 from train import Config, train
 
@@ -204,6 +207,34 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_at_the_beginning(
     assert (
         len(read(tmp_path / "run", "metrics.jsonl")) == 1
     )  # it had tested the base already
+    train(config, resume=True)
+    same(undisturbed[False], tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_rewards_of_numpy_and_questions_with_times_enter_a_checkpoint_that_can_be_read(
+    undisturbed, tmp_path, monkeypatch, step
+):
+    """They come into it with the mined pairs. It may hold plain values only."""
+    lines = (ROOT / "micro/train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["published"] = datetime(2020, 1, 31, 12)
+        row["seen"] = [{"on": date(2021, 2, 3), "at": clock(4, 5)}]
+
+    def rewards_of(*arguments):
+        return [np.float64(reward) for reward in plain(*arguments)]
+
+    plain = train_module.rewards_of
+    monkeypatch.setattr(train_module, "rewards_of", rewards_of)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **keywords: rows)
+    config = replace(PLAIN, out=str(tmp_path / "run"), questions="a/set:plain:train")
+    stop_at(monkeypatch, config, lambda *at: at == ("ofsd-1", step))
+    mined = read_checkpoint(tmp_path / "run/checkpoints/last.pt")["mined"]
+    pair = mined["batches"][0][0]
+    assert pair.question["published"] == "2020-01-31T12:00:00"
+    assert pair.question["seen"] == [{"on": "2021-02-03", "at": "04:05:00"}]
+    assert {type(reward) for reward in pair.rewards} == {float}
     train(config, resume=True)
     same(undisturbed[False], tmp_path / "run")
 
