@@ -16,7 +16,8 @@ arms.py says what the arms are, stages.py what they do and how their cost is cou
 Run it from the repository's root. Stop it and start it again at will: a finished run is
 a file in results/evidence/ and is not run again; an unfinished one is a folder in
 runs/evidence/ and begins anew. To use two cores start it twice, with OMP_NUM_THREADS=1,
-once with --worker 1 --workers 2, and once with --worker 2 --workers 2.
+once with --worker 1 --workers 2, and once with --worker 2 --workers 2. With --arm NAME
+it runs only this arm of the part: docs/teaching.md says what that is good for.
 """
 
 import time
@@ -50,6 +51,10 @@ class Job(NamedTuple):
     seed: int
     split: str  # of the questions that test it, micro/evidence-SPLIT.jsonl
     work: Callable
+
+    def arm_name(self) -> str:
+        """As the name of the result has it: "grpo" of loop/grpo-10."""
+        return Path(self.name).name.removesuffix(f"-{self.seed}")
 
 
 def converge(name: str, arm: Arm, seed: int, split: str) -> None:
@@ -101,13 +106,18 @@ PARTS = {
 def main() -> None:
     parser = Parser(description="The runs of the evidence, those that are missing.")
     parser.add_argument("part", choices=list(PARTS), help="which runs")
+    parser.add_argument("--arm", help="only the runs of this arm")
     parser.add_argument("--worker", type=int, default=1, help="number of this process")
     parser.add_argument("--workers", type=int, default=1, help="processes in all")
     args = parser.parse_args()
     if not 1 <= args.worker <= args.workers:
         parser.error("--worker is a number from 1 to --workers")
-    mine = PARTS[args.part][args.worker - 1 :: args.workers]
-    for job in mine:
+    jobs = PARTS[args.part]
+    if args.arm is not None:
+        jobs = [job for job in jobs if job.arm_name() == args.arm]
+        if not jobs:
+            parser.error(f"{args.part} has no arm of the name {args.arm}")
+    for job in jobs[args.worker - 1 :: args.workers]:
         if not result_of(job.name).exists():
             print(job.name, time.strftime("%H:%M:%S"), flush=True)
             job.work(job.name, job.arm, job.seed, job.split)

@@ -7,6 +7,9 @@ cost: straight lines between its tests, and the last value held. The area is the
 under this curve from 0 to the budget, divided by the budget, so it is a mean EM. Runs
 of the same seed are compared in pairs. An interval is the mean, plus or minus
 t(.975, n - 1) standard errors.
+
+The parts of SECTIONS have tables of their own. Every further folder with runs in
+results/evidence/ is a part of yours, and its arms are compared, too.
 """
 
 from collections import defaultdict
@@ -112,11 +115,17 @@ def interval(values: list[float]) -> tuple[float, float]:
     if len(values) == 1:
         return values[0], float("nan")
     standard_error = stdev(values) / len(values) ** 0.5
-    return mean(values), T975[len(values)] * standard_error
+    # Of more than 20 values, the last one of the table is a little too wide.
+    return mean(values), T975[min(len(values), max(T975))] * standard_error
 
 
 def plus_minus(values: list[float], sign: str = "") -> str:
+    """The mean and half its interval. A single value has none; no value is empty."""
+    if not values:
+        return ""
     centre, half = interval(values)
+    if len(values) == 1:
+        return f"{centre:{sign}.3f}"
     return f"{centre:{sign}.3f} ± {half:.3f}"
 
 
@@ -144,25 +153,29 @@ def table(header: list[str], lines: list[list]) -> str:
 
 
 def comparison(part: str) -> str:
-    """The arms of a part, and their differences to GRPO alone."""
+    """The arms of a part, and their differences to GRPO alone, by seed.
+
+    A part without an arm of the name grpo is compared with its first one.
+    """
+    runs = read_part(part)
+    baseline = "grpo" if "grpo" in runs else min(runs)
     header = ["arm", "seeds"]
     for name in ("area", "final EM", "searches"):
         header.append(name)
-        header.append("to grpo")
+        header.append(f"to {baseline}")
     header += [f"cost of {level}, M" for level in LEVELS]
     header += ["leak", "seconds"]
 
-    runs = read_part(part)
     lines = []
     for arm, seeds in runs.items():
         cells = [arm, len(seeds)]
         for measure in (area, final_em, searches):
             values = [measure(run) for run in seeds.values()]
             cells.append(plus_minus(values))
-            if arm == "grpo":
+            if arm == baseline:
                 cells.append("")
             else:
-                gains = differences(seeds, runs["grpo"], measure)
+                gains = differences(seeds, runs[baseline], measure)
                 cells.append(plus_minus(gains, "+"))
         cells += [median_cost(seeds, level) for level in LEVELS]
         cells.append(f"{mean_of(leak, seeds):.3f}")
@@ -416,6 +429,16 @@ SECTIONS = [  # a title, the part that it reads, and what makes the table
 ]
 
 
+def other_parts() -> list[str]:
+    """Folders with runs in results/evidence/ that no section reads, by name."""
+    evidence = RESULTS / "evidence"
+    parts = set()
+    for path in evidence.rglob("*.jsonl"):
+        if path.parent != evidence:  # converge.jsonl is there: a run, and no part
+            parts.add(path.parent.relative_to(evidence).as_posix())
+    return sorted(parts - {part for _, part, _ in SECTIONS})
+
+
 def all_tables() -> str:
     """The text of results/evidence.md."""
     text = "# Tables\n\n"
@@ -424,6 +447,8 @@ def all_tables() -> str:
     for title, part, make in SECTIONS:
         if read_part(part):
             text += f"\n## {title}\n\n{make(part)}\n"
+    for part in other_parts():
+        text += f"\n## {part}\n\n{comparison(part)}\n"
     return text
 
 

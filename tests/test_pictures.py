@@ -11,7 +11,10 @@ import pytest
 from conftest import ROOT, line_of, run_main
 
 from experiments import figures, mechanism, real, tables
+from experiments import pictures as run_pictures
+from machinery.errors import BadInput
 from machinery.terminal import printable
+from rollout import Trajectory
 from tools import pictures, plot
 
 
@@ -151,6 +154,7 @@ def test_without_matplotlib_a_figure_is_refused_in_one_line(
         (figures.main, ()),
         (tables.main, ()),
         (mechanism.main, ()),
+        (run_pictures.main, (folder,)),
         (real.main, ("figure", tmp_path / "real.png", folder)),
     ):
         run_main(monkeypatch, main, "script.py", *arguments, status=2)
@@ -165,3 +169,79 @@ def test_nothing_else_imports_matplotlib():
             if path != Path(pictures.__file__):
                 text = path.read_text(encoding="utf-8")
                 assert not re.search(r"^\s*(from|import) matplotlib", text, re.M), path
+
+
+# ---------------------------------------------------------- the pictures to project
+
+MARKED = "$x$ </answer> \x1b[31m"  # no formula, and no escape for a terminal
+
+
+def attempt_of(answer: str, em: float, queries: list[str]) -> dict:
+    text = [[1, "<think> $y$</think>\n"], [0, "- passage"], [1, f"<answer>{answer}"]]
+    return {
+        "question": "What is $x$?",
+        "answer": answer,
+        "em": em,
+        "queries": queries,
+        "text": text,
+    }
+
+
+def pair_row(queries: list[str], em: float = 0.0, divergence=None) -> dict:
+    return {
+        "kind": "pair",
+        "reference": attempt_of("$a$", 1.0, ["one"]),
+        "student": attempt_of("$b$", em, queries),
+        "divergence": divergence,
+    }
+
+
+TOKENS = [["<think>", 0.01], [" a", 0.7], ["\n", None], [MARKED, 0.06]]
+
+
+def test_the_picture_of_ofsd_has_every_token_and_the_large_numbers(tmp_path, drawn):
+    rows = [
+        {"kind": "eval"},
+        pair_row(["one", "two"], divergence=TOKENS),
+        pair_row([], em=1.0, divergence=TOKENS),  # the student is right
+        pair_row([]),  # not logged token by token
+        pair_row(["one"], divergence=TOKENS),
+    ]
+    write(tmp_path / "trajectories.jsonl", rows)
+    pair = run_pictures.pair_of(tmp_path)
+    assert pair == rows[-1]
+    run_pictures.draw_ofsd(pair, tmp_path / "ofsd.png")
+    texts = [text.get_text() for text in drawn[0].axes[0].texts]
+    assert printable(MARKED) in texts
+    assert texts.count("0.70") == texts.count("0.06") == 1
+    assert "0.01" not in texts
+    write(tmp_path / "trajectories.jsonl", rows[:1])
+    with pytest.raises(BadInput, match="no pair"):
+        run_pictures.pair_of(tmp_path)
+
+
+def test_a_long_text_ends_within_the_picture():
+    tokens = [run_pictures.Token("ab\n", written=True)] * 100
+    placed = run_pictures.lay_out(tokens, columns=10)
+    assert run_pictures.lines_in(placed) == run_pictures.MOST_LINES + 1
+    assert placed[-1].text == "…"
+
+
+def test_the_picture_of_grpo_has_a_row_for_each_trajectory(tmp_path, drawn):
+    right = Trajectory("?", [], answer="$a$", queries=["$q$"])
+    wrong = Trajectory("?", [], answer=None, queries=["$q$"] * 5)
+    group = [right, wrong]
+    question = {"question": "$?$", "golden_answers": ["$a$"]}
+    update = run_pictures.Update(question, group, [1.0, 0.0], [0.7, -0.7], [0.5, -0.2])
+    run_pictures.draw_grpo(update, tmp_path / "grpo.png")
+    texts = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
+    assert "search: $q$\nsearch: $q$\nsearch: $q$  (+ 2)\nanswer: none" in texts
+    for text in (" +0.700 ", " -0.700 ", " +0.50 ", " -0.20 ", "▲", "▼"):
+        assert texts.count(text) == 1
+    with pytest.raises(BadInput, match="no group"):
+        run_pictures.most_varied([1.0, 1.0, 0.0, 0.0], size=2)
+
+
+def test_the_committed_pictures_are_small():
+    for name in ("grpo", "ofsd"):
+        assert (ROOT / f"results/default/{name}.png").stat().st_size < 80_000

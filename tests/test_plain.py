@@ -14,6 +14,7 @@ import math
 import random
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +58,7 @@ def groups(plain, micro_index, questions):
 @pytest.fixture(scope="module")
 def pairs(plain, questions, groups):
     """The pairs of the six files, with privileged prompts that are not cut."""
-    trajectories = [trajectory for group in groups for trajectory in group]
+    trajectories = list(chain.from_iterable(groups))
     found, _ = ofsd.mine_pairs(
         plain.model,
         plain.tokenizer,

@@ -1,6 +1,7 @@
 """Pictures by matplotlib: into a file, without a window, and with text as it stands."""
 
 import contextlib
+import io
 import os
 
 from machinery.errors import BadInput
@@ -36,3 +37,13 @@ def new_figure(width: float, height: float, spines: bool = True):
         matplotlib.rcParams["axes.spines.top"] = spines
         matplotlib.rcParams["axes.spines.right"] = spines
         yield matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+
+
+def save_small(figure, path) -> None:
+    """Save it as a PNG of 64 colours: a third of the bytes, where it is mostly text."""
+    from PIL import Image  # matplotlib brings it
+
+    large = io.BytesIO()
+    figure.savefig(large, format="png", dpi=100)
+    picture = Image.open(large).convert("RGB")
+    picture.quantize(64).save(path, "PNG", optimize=True)

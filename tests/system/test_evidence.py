@@ -156,6 +156,24 @@ def test_a_finished_run_is_not_run_again(here, quick, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_one_arm_of_a_part_runs_alone(here, monkeypatch, capsys):
+    """So each working copy runs the arm that its code is for."""
+    done = []
+
+    def work(name, arm, seed, split):
+        done.append(name)
+
+    arms = {"grpo": Arm("grpo"), "grpo-2": Arm("grpo")}
+    planned = evidence.comparison("price", arms, [7, 8], "test")
+    jobs = [job._replace(work=work) for job in planned]
+    monkeypatch.setattr(evidence, "PARTS", {"price": jobs})
+    run_main(monkeypatch, evidence.main, "evidence.py", "price", "--arm", "grpo")
+    assert done == ["price/grpo-7", "price/grpo-8"]
+    flags = ["price", "--arm", "nobody"]
+    run_main(monkeypatch, evidence.main, "evidence.py", *flags, status=2)
+    assert "price has no arm of the name nobody" in capsys.readouterr().err
+
+
 def test_the_workers_share_the_runs_of_a_part(monkeypatch, capsys):
     """Each run is one worker's, and a worker that is none of them is refused."""
     done = []
@@ -609,6 +627,31 @@ def test_area_levels_and_final_of_a_curve():
 def test_the_interval_is_students():
     """Mean 2, standard deviation 1, n 3: 4.303 / sqrt(3) = 2.484."""
     assert tables.interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(2.484, abs=1e-3))
+
+
+def small_run(arm: str, seed: int, em: float) -> list[dict]:
+    rows = [{"kind": "run", "arm": {"budget": 100}, "seed": seed}]
+    for cost in (0, 100):
+        test = {"kind": "eval", "cost": cost, "em": em, "searches": 2.0, "leak": 0.0}
+        rows.append({**test, "work_s": 7})
+    return rows
+
+
+def test_a_part_of_ones_own_has_a_table(tmp_path, monkeypatch):
+    """Without an arm grpo it is compared with the first; one seed has no interval."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    runs = {"own/b": (0.5, [1, 2]), "own/a": (0.25, [1, 2]), "deep/er/x": (0.5, [3])}
+    for name, (em, seeds) in runs.items():
+        for seed in seeds:
+            path = tmp_path / f"evidence/{name}-{seed}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(path, small_run(name, seed, em))
+    write_rows(tmp_path / "evidence/converge.jsonl", small_run("converge", 1, 0.5))
+    assert tables.other_parts() == ["deep/er", "own"]
+    text = tables.all_tables()
+    assert "## own\n\n| arm | seeds | area | to a |" in text
+    assert "| b | 2 | 0.500 ± 0.000 | +0.250 ± 0.000 |" in text
+    assert "| x | 1 | 0.500 |  | 0.500 |" in text
 
 
 def test_the_committed_tables_are_those_of_the_committed_runs(
