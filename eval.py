@@ -14,7 +14,8 @@ punctuation and articles, with single spaces. Spaces separate its words.
                c: size of the multiset intersection of their words
     supported(y) = 1 if norm(a) occurs, as whole words, in a passage that y retrieved
 
-If there is no answer, or norm(a) is empty, all three are 0.
+If there is no answer, or norm(a) is empty, all three are 0. The same on one page, exact
+match alone: lessons/plain.py.
 
 Deviations from the paper (Search-E1, arXiv 2605.22511)
     1. The paper reports EM alone. Here F1 is reported too. The logs also have the EM

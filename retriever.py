@@ -19,6 +19,7 @@ Deviations from the paper (Search-E1, arXiv 2605.22511)
 
 Start reading at bm25_score, which is the formula. BM25.__init__ computes the same for
 all words and passages at once, and BM25.search looks it up. Nothing here is trained.
+The same on one page, without an index that is built beforehand: lessons/plain.py.
 
     python -m lessons.retriever                                  # a score, word by word
     python retriever.py --corpus micro/corpus.jsonl some words   # search

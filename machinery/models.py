@@ -29,17 +29,26 @@ from rollout import RowCache, Trajectory, context_length, parse_turn, standard_p
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def load_model(name: str, day: str = "", device: str = "auto", arithmetic="auto"):
+def load_model(
+    name: str,
+    day: str = "",
+    device: str = "auto",
+    arithmetic: str = "auto",
+    *,
+    to_train: bool = False,
+):
     """(model, tokenizer) from a folder or a hub name. Its weights are float32.
 
     day, as 2026-01-31, is written into a chat template that asks for the date. For
     device and arithmetic see machinery/devices.py. Raises BadInput for what cannot be
-    loaded, or not be sampled exactly.
+    loaded, or not be sampled exactly, or, if it is to_train, not be trained exactly.
     """
     place = choose_device(device)
     model, tokenizer = read_model(name, day)
     with refusing(f"cannot use {name}"):
         check_sampling(model, tokenizer)  # on the CPU, where float32 leaves no doubt
+        if to_train:
+            check_training(model)
     return place_model(model, place, arithmetic), tokenizer
 
 

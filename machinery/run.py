@@ -240,13 +240,10 @@ class Run:
         line = {"kind": kind, "stage": stage, **values}
         if rank() > 0:
             return line
-        written = {}
-        for key, value in line.items():
-            is_number = not isinstance(value, float) or math.isfinite(value)
-            written[key] = value if is_number else None
+        text = json.dumps(without_nan(line), ensure_ascii=False)
         path = self.folder / name
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(json.dumps(written, ensure_ascii=False) + "\n")
+            file.write(text + "\n")
         return line
 
     def as_json(self, question: dict, trajectory: Trajectory) -> dict:
@@ -448,6 +445,21 @@ def checksum(model) -> int:
     for name, tensor in model.state_dict().items():
         value = zlib.crc32(name.encode(), value)
         value = zlib.crc32(tensor.contiguous().numpy(), value)
+    return value
+
+
+def without_nan(value):
+    """The value with None for each NaN and infinity, also within lists and dicts.
+
+    >>> without_nan({"loss": math.nan, "divergence": [["a", math.inf], ["b", 0.5]]})
+    {'loss': None, 'divergence': [['a', None], ['b', 0.5]]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
 

@@ -36,9 +36,9 @@ from rollout import parse_turn
 HERE = Path(__file__).resolve().parent / "english"
 
 
-# The relations that questions ask for, and the noun that passages have for them: the
-# question's own, or another. The other relations of micro/make.py are only stated, so
-# each entity has passages that no question needs.
+# The relations that questions ask for, and the passages' noun for each: the question's
+# own, or another. The other relations of micro/make.py are only stated, so each entity
+# has passages that no question needs.
 NOUNS = {
     "birthplace": "hometown",
     "employer": "employer",
@@ -47,9 +47,9 @@ NOUNS = {
 }
 
 # The clumsy agent's habits, as probabilities.
-PASSAGES_NOUN = 0.5  # else it searches with the question's noun
-STOPS_EARLY = 0.1  # after each hop but the last
-GOES_ON = 0.05  # after the last hop
+PASSAGES_NOUN = 0.6  # else it searches with the question's noun
+STOPS_EARLY = 0.15  # after each hop but the last
+GOES_ON = 0.1  # after the last hop
 
 
 class QuestionSet(NamedTuple):
@@ -57,7 +57,10 @@ class QuestionSet(NamedTuple):
     part: int  # of the world
 
 
-# A set repeats no question of those above it.
+# A fifth of a set's questions have one hop, two fifths two, and two fifths three. With
+# more of one hop, GRPO learned to stop after it. A set repeats no question of those
+# above it.
+SHARES = {1: 1 / 5, 2: 2 / 5, 3: 2 / 5}
 SETS = {
     "demonstrations": QuestionSet(240, 0),
     "train": QuestionSet(600, 0),
@@ -165,8 +168,8 @@ def draw_questions(world: EnglishWorld, name: str, seed: int) -> list[dict]:
     rng = random.Random(f"{seed}, {name}")
     count, part = SETS[name]
     questions = []
-    for hops in (1, 2, 3):
-        wanted = len(questions) + count // 3
+    for hops, share in SHARES.items():
+        wanted = len(questions) + round(count * share)
         while len(questions) < wanted:
             question = world.question(rng, hops, part)
             if question["question"] in world.asked:

@@ -25,6 +25,7 @@ from machinery.models import (
 )
 from machinery.run import Run
 from rollout import context_length, rollout
+from tools.start import make_start
 from train import Config
 
 SIZES = {
@@ -294,6 +295,28 @@ def test_capped_logits_are_refused_on_the_cpu_before_the_model_moves(
     with pytest.raises(BadInput, match="cannot be trained like this: its prob"):
         Run(Config(model=str(path), out=str(out)))
     assert not out.exists()
+
+
+def test_a_start_is_refused_before_its_demonstrations(folder, tmp_path, monkeypatch):
+    """It would be lost: train.py refuses the same model afterwards."""
+    path = folder("gemma2", **SOFT_CAPPED)
+    monkeypatch.setattr("tools.start.write_demonstrations", None)
+    with pytest.raises(BadInput, match=r"off by .* when it is trained"):
+        make_start(
+            str(path),
+            "micro/train.jsonl",
+            "micro/corpus.jsonl",
+            tmp_path / "start",
+            count=1,
+            privileged=0,
+            prompt="",
+            batch=1,
+            lr=1e-4,
+            seed=0,
+            k=1,
+            max_searches=1,
+            max_observation_tokens=60,
+        )
 
 
 def test_layers_that_are_not_told_from_the_output_layer_are_refused(random_model):

@@ -102,6 +102,7 @@ def test_a_line_of_a_log_is_json_also_where_a_number_is_none(tmp_path):
     run = SimpleNamespace(folder=tmp_path)
     for number in range(2):
         metrics = {"loss": math.nan, "norm": math.inf, "n": number, "text": "é \ud800"}
+        metrics["pair"] = {"divergence": [["a", math.inf], ["b", 0.5]]}
         line = Run.append(run, "metrics.jsonl", "step", "grpo-1", **metrics)
         assert line["kind"] == "step" and math.isnan(line["loss"])
     lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -113,6 +114,7 @@ def test_a_line_of_a_log_is_json_also_where_a_number_is_none(tmp_path):
             "norm": None,
             "n": number,
             "text": "é \ud800",
+            "pair": {"divergence": [["a", None], ["b", 0.5]]},
         }
         for number in range(2)
     ]

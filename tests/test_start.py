@@ -96,7 +96,7 @@ def test_no_markup_of_others_becomes_what_the_policy_writes(harmful, tokenizer, 
     """A question with markup is left out, the next one takes its place."""
     limits = {"count": 1, "k": 1, "max_searches": 4, "max_observation_tokens": 100}
     questions = [{**QUESTION, **harmful}, QUESTION]
-    (made,) = start.write_demonstrations(three, questions, tokenizer, **limits)
+    ((made, _),) = start.write_demonstrations(three, questions, tokenizer, **limits)
     assert made.question == QUESTION["question"]
     text = written_by_the_policy(tokenizer, made)
     assert text.count("</search>") == text.count("</answer>") == 1

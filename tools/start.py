@@ -8,6 +8,13 @@ question as it stands, then for each of its "supporting_titles" that it has not 
 if the question has them. As soon as the model can read the answer in what it is shown,
 the trajectory becomes a demonstration. The other questions are left out.
 
+A question may bring a demonstration of its own, right or wrong: a list of turns. The
+script plays them as they are, and searches where they do (micro/english.py writes such
+questions):
+
+    "demonstration": ["<search> legend of Bromos Haven </search>",
+                      "<answer> Jatos Song </answer>"]
+
 The model learns to write what stands in a demonstration. So questions that hold tags or
 the tokenizer's own markup are left out, too, in their text, their titles or their
 answers.
@@ -15,9 +22,10 @@ answers.
 Then the model is trained on the demonstrations, one pass, by cross-entropy on what the
 script wrote. What the retriever wrote has no loss.
 
-OFSD's teacher must be able to read a reference. So --privileged of the demonstrations
-stand under the privileged prompt, each with itself as the reference. Without them
-SmolLM2 copied the reference's answer and did not search (docs/real-models.md).
+OFSD's teacher must be able to read a reference. So --privileged of the right
+demonstrations stand under the privileged prompt, each with itself as the reference.
+Without them SmolLM2 copied the reference's answer and did not search
+(docs/real-models.md).
 
 --prompt, --k, --max-searches and --max-observation-tokens mean what they mean in
 train.py, and should have the same values there. The prompt is kept with the tokenizer,
@@ -30,11 +38,12 @@ import os
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from eval import supported
+from eval import exact_match, supported
 from machinery.devices import ARITHMETICS
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
@@ -45,7 +54,13 @@ from machinery.terminal import Parser, run_script
 from machinery.text import chat_ids, decode, neutralise, whole_characters
 from ofsd import privileged_prompt
 from retriever import open_index
-from rollout import Trajectory, context_length, observation_ids, standard_prompt
+from rollout import (
+    Trajectory,
+    context_length,
+    observation_ids,
+    parse_turn,
+    standard_prompt,
+)
 from tools.imitation import as_trajectory, imitation_step
 
 
@@ -76,7 +91,7 @@ def make_start(
     check_writable(Path(out))
     rows = read_questions(questions)
     index = open_index(corpus)
-    policy, tokenizer = load_model(model, arithmetic=arithmetic)
+    policy, tokenizer = load_model(model, arithmetic=arithmetic, to_train=True)
     if prompt:  # kept in the tokenizer's files
         tokenizer.init_kwargs["search_prompt"] = whole_characters(prompt)
 
@@ -97,20 +112,25 @@ def make_start(
             f"shows the answer within {max_observation_tokens} tokens"
         )
 
-    # 3. Some of them show themselves as the reference: the same share of fewer ones.
+    # 3. Some of the right ones show themselves as the reference. Where there are fewer
+    #    demonstrations than wanted, it is the same share of them.
     with_reference = privileged * len(demonstrations) // count
-    for number in range(with_reference):
-        demonstrations[number] = show_reference(
-            policy, tokenizer, demonstrations[number]
-        )
-    rng.shuffle(demonstrations)
+    shown = 0
+    trajectories = []
+    for demonstration in demonstrations:
+        trajectory = demonstration.trajectory
+        if demonstration.right and shown < with_reference:
+            trajectory = show_reference(policy, tokenizer, trajectory)
+            shown += 1
+        trajectories.append(trajectory)
+    rng.shuffle(trajectories)
     print(
-        f"{len(demonstrations)} demonstrations from {len(rows)} questions, "
-        f"{with_reference} privileged"
+        f"{len(trajectories)} demonstrations from {len(rows)} questions, "
+        f"{shown} privileged"
     )
 
     # 4. The training.
-    imitate(policy, demonstrations, lr=lr, batch=batch)
+    imitate(policy, trajectories, lr=lr, batch=batch)
     save_model(policy, tokenizer, Path(out))
 
 
@@ -130,25 +150,47 @@ def check_writable(folder: Path) -> None:
 
 
 def read_questions(spec: str) -> list[dict]:
-    """load_questions, and a check of "supporting_titles", which are only read here."""
+    """load_questions, and a check of the two keys that are only read here."""
     questions = load_questions(spec)
     if os.path.exists(spec):  # a file, so that an error can name the line
-        for _ in read_jsonl(spec, check_titles):
+        for _ in read_jsonl(spec, check_row):
             pass
     return questions
 
 
-def check_titles(row: dict) -> dict:
-    """The row as it is. Raises ValueError where its titles are no list of strings."""
+def check_row(row: dict) -> dict:
+    """The row as it is. Raises ValueError where one of its two keys is malformed."""
     titles = row.get("supporting_titles")
-    if titles is None:
-        return row
-    if not isinstance(titles, list) or not all(isinstance(t, str) for t in titles):
+    if titles is not None and not is_list_of_texts(titles):
         raise ValueError('"supporting_titles" must be a list of strings')
+    turns = row.get("demonstration")
+    if turns is not None and not is_demonstration(turns):
+        raise ValueError(
+            '"demonstration" must be a list of turns: each a string with a '
+            "<search>...</search>, the last one with an <answer>...</answer>"
+        )
     return row
 
 
+def is_demonstration(turns) -> bool:
+    if not is_list_of_texts(turns) or not turns:
+        return False
+    kinds = [(parse_turn(turn) or ("",))[0] for turn in turns]
+    return kinds == ["search"] * (len(turns) - 1) + ["answer"]
+
+
+def is_list_of_texts(value) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+
 # ---------------------------------------------------------------- demonstrations
+
+
+class Demonstration(NamedTuple):
+    """A trajectory to imitate. right: does it end with an answer that is right?"""
+
+    trajectory: Trajectory
+    right: bool
 
 
 def write_demonstrations(
@@ -160,28 +202,33 @@ def write_demonstrations(
     k: int,
     max_searches: int,
     max_observation_tokens: int,
-) -> list[Trajectory]:
-    """Demonstrations of the first `count` questions for which the answer is found."""
+) -> list[Demonstration]:
+    """Demonstrations of the first `count` questions that bring one, or for which the
+    answer is found."""
     demonstrations = []
     for question in questions:
         if len(demonstrations) == count:
             break
         if not is_harmless(question, tokenizer):
             continue
-        steps = demonstrate(
-            index,
-            question,
-            k=k,
-            max_searches=max_searches,
-            tokenizer=tokenizer,
-            max_observation_tokens=max_observation_tokens,
-        )
+        if question.get("demonstration"):
+            steps = play(index, question["demonstration"], k)
+        else:
+            steps = demonstrate(
+                index,
+                question,
+                k=k,
+                max_searches=max_searches,
+                tokenizer=tokenizer,
+                max_observation_tokens=max_observation_tokens,
+            )
         if steps is None:
             continue
-        demonstration = write_out(
+        trajectory = write_out(
             tokenizer, question["question"], steps, max_observation_tokens
         )
-        demonstrations.append(demonstration)
+        right = exact_match(trajectory.answer, question["golden_answers"]) == 1
+        demonstrations.append(Demonstration(trajectory, right))
     return demonstrations
 
 
@@ -220,8 +267,8 @@ def demonstrate(
     for query in queries[:max_searches]:
         if query in titles:
             continue
-        thought = "I need more." if titles else "I should look it up."
         passages = index.search([query], k)[0]
+        thought = "I need more." if titles else "I should look it up."
         steps.append(f"<think> {thought} </think>\n<search> {query} </search>")
         steps.append(passages)
         titles.update(passage.title for passage in passages)
@@ -240,6 +287,17 @@ def demonstrate(
     return None
 
 
+def play(index, turns: list[str], k: int) -> list[str | list[Passage]]:
+    """The steps of a demonstration that came with its question."""
+    steps = []
+    for turn in turns:
+        steps.append(turn)
+        kind, query = parse_turn(turn)
+        if kind == "search":
+            steps.append(index.search([query], k)[0])
+    return steps
+
+
 def as_read(
     tokenizer, passages: list[Passage], max_observation_tokens: int
 ) -> list[Passage]:
@@ -254,12 +312,16 @@ def as_read(
 def write_out(
     tokenizer, question: str, steps: list, max_observation_tokens: int
 ) -> Trajectory:
-    """The steps under the standard prompt, with an end-of-sequence token after them."""
+    """The steps under the standard prompt, with an end-of-sequence token after them.
+
+    The last step is an answer.
+    """
     prompt_ids = chat_ids(tokenizer, standard_prompt(tokenizer, question))
     trajectory = as_trajectory(
         tokenizer, steps, question, prompt_ids, max_observation_tokens
     )
     trajectory.extend([tokenizer.eos_token_id], logprobs=[0.0])
+    _, trajectory.answer = parse_turn(steps[-1])
     return trajectory
 
 
