@@ -1,6 +1,6 @@
 """Do the tests notice? Breaks one small thing at a time and runs the tests of its file.
 
-    python -m tests.mutate              # all: half an hour; status 1 if one survives
+    python -m tests.mutate              # all: an hour or more; status 1 if one survives
     python -m tests.mutate clip ofsd    # those whose file or mistake holds such a word
 
 A mutant is one replacement in a copy of the repository. It is caught if a test, or a
