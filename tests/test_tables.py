@@ -149,6 +149,7 @@ def test_the_report_is_a_table_and_a_question_that_became_right(tmp_path, capsys
     assert lines[8:10] == ["before: two (answer: x / y)", r"second wrong \x1b[0m"]
     assert lines[11:13] == ["after: two (answer: x / y)", r"second right \x1b[0m"]
     assert lines[14].endswith(str(tmp_path))
+    assert lines[15] == f"look at the run: python -m tools.trace {tmp_path}"
 
 
 # ------------------------------------------------------------- a step's metrics

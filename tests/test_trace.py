@@ -1,6 +1,7 @@
 """tools/trace.py and plot.py: a page that escapes everything and needs nothing from
 elsewhere, curves in text."""
 
+import csv
 import json
 import math
 import re
@@ -344,6 +345,32 @@ def test_curves_in_text(run, monkeypatch, capsys):
     curves = plot.read_curves(run)
     assert [test.stage for test in curves.tests] == ["base", "grpo-1", "ofsd-1"]
     assert len(curves.steps) == 2 and len(plot.means_of_five(curves.steps)) == 1
+
+
+def test_a_curve_has_steps_tokens_and_minutes(run, tmp_path, monkeypatch, capsys):
+    """What the tests sample does not count: training did not pay for it."""
+    table = tmp_path / "curves.csv"
+    run_main(monkeypatch, plot.main, "plot.py", run, "--x", "tokens", "--csv", table)
+    assert str(table) in capsys.readouterr().out.splitlines()
+    rows = read(run, "metrics.jsonl")
+    paid = [row["tokens_sampled"] for row in rows if row["kind"] != "eval"]
+    updates = [row for row in rows if row["kind"] == "step"]
+    with table.open(newline="") as file:
+        points = list(csv.DictReader(file))
+    assert [point["stage"] for point in points[:3]] == ["base", "grpo-1", "ofsd-1"]
+    assert points[0]["steps"] == points[0]["tokens"] == "0"
+    assert points[2]["tokens"] == str(sum(paid))
+    assert points[2]["steps"] == str(len(updates))
+    assert [point["kind"] for point in points[3:]] == ["step", "step"]
+    assert float(points[3]["value"]) == updates[0]["reward"]
+
+
+def test_a_run_that_counted_no_tokens_has_no_such_axis(tested, monkeypatch, capsys):
+    older = {"kind": "step", "stage": "grpo-1", "reward": 1.0, "time_s": 1.0}
+    folder = tested(("base", "grpo-1"), [("base", 0, 1.0)], [older])
+    write(folder / "metrics.jsonl", [evaluated("base"), older, evaluated("grpo-1")])
+    run_main(monkeypatch, plot.main, "plot.py", folder, "--x", "tokens", status=2)
+    assert "did not count its tokens" in line_of(capsys)
 
 
 def test_curves_of_any_reward():
