@@ -228,7 +228,11 @@ def test_the_four_counts_are_of_all_questions_and_each_kind_shows_some(tested):
     answers = [("base", number, em) for number, em in enumerate(befores)]
     answers += [("grpo-1", number, em) for number, em in enumerate(afters[:-1])]
     folder = tested(("base", "grpo-1"), answers)
+    metrics = [evaluated("base", 0.5), evaluated("grpo-1", 0.375)]
+    write(folder / "metrics.jsonl", metrics)
     text = trace.page(folder)
+    assert "50.0% at base, and 37.5% at grpo-1." in text
+    assert "by stage: grpo-1 -12.5." in text
     for count, kind in ((9, "became right"), (8, "became wrong"), (9, "stayed right")):
         assert f"<li><b>{count}</b> {kind}</li>" in text
         assert f"<h3>{kind}: 4 of {count}</h3>" in text
@@ -289,7 +293,7 @@ def test_a_pair_of_an_older_run_has_no_table_and_no_control():
         "control": {"question": "Where?", "divergence": [0.0, 2.0, None]},
     }
     text = "".join(trace.pair_parts(newer))
-    assert "<b>she</b> <small>.75, student .02</small>" in text
+    assert "<b>she</b> <small>teacher .75, student .02</small>" in text
     assert "<b>↵</b>" in text and "<b>␣</b>" in text
     assert text.count("<i>the same token</i>") == 2
     assert "It read about: Where?" in text

@@ -11,6 +11,7 @@ say.
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,6 +125,12 @@ def summary_of(log: Log) -> str:
     if len(log.evaluations) > 1:
         text += f", and {last['em']:.1%} at {shown(last['stage'])}"
     text += "."
+    gains = []
+    for before, after in pairwise(log.evaluations):
+        gain = 100 * (after["em"] - before["em"])
+        gains.append(f"{shown(after['stage'])} {gain:+.1f}")
+    if gains:
+        text += f" Change of EM in points, by stage: {', '.join(gains)}."
     stages_a_round = 2 if log.settings.get("ofsd", True) else 1
     planned = 1 + stages_a_round * log.settings.get("rounds", 0)
     if len(log.evaluations) < planned:
@@ -542,10 +549,10 @@ def choice(token: list) -> str:
     """A token with the two probabilities.
 
     >>> choice([" fueled", 0.931, 0.0004])
-    '<b>fueled</b> <small>.93, student .0004</small>'
+    '<b>fueled</b> <small>teacher .93, student .0004</small>'
     """
     text, p_teacher, p_student = token
-    numbers = f"{probability(p_teacher)}, student {probability(p_student)}"
+    numbers = f"teacher {probability(p_teacher)}, student {probability(p_student)}"
     return f"<b>{visible(text)}</b> <small>{numbers}</small>"
 
 
@@ -574,7 +581,8 @@ def control_part(pair: dict) -> str:
         "<h5>Control: the same text, but the teacher has read the reference of "
         f"another question</h5><p>It read about: {shown(control['question'])} All "
         f"divergences together are {other:.2f} nats here, and {own:.2f} with the right "
-        "reference.</p>"
+        "reference. More is not better: this reference speaks of something else, and "
+        "the teacher may object because it expects its names.</p>"
     )
     return side_by_side(text + divergence_map(tokens))
 
