@@ -212,8 +212,8 @@ def grpo_step(
 
     ref_model is pi_ref, required if kl_coef is above 0. micro_batch trajectories share
     a forward pass, which changes memory and time but not the gradient. Returns the
-    statistics of the step: loss, clip_frac, entropy, logprob_gap, grad_norm, and kl if
-    kl_coef is above 0.
+    statistics of the step: loss, clip_frac, entropy, logprob_gap, tokens_trained,
+    grad_norm, and kl if kl_coef is above 0.
     """
     # 1. The advantage of each trajectory, and the weight of each token in the loss.
     advantages = group_advantages(rewards).flatten()  # (B,)

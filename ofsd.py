@@ -47,6 +47,7 @@ The same on one page, without chunks and micro-batches: lessons/plain.py.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -369,7 +370,7 @@ def ofsd_step(
     micro_batch: int = 20,
     max_grad_norm: float = 1.0,
 ) -> dict[str, float]:
-    """One update on a batch of pairs. Returns its loss and grad_norm.
+    """One update on a batch of pairs. Returns its loss, grad_norm and tokens_trained.
 
     If adapters are trained, the teacher is the model itself, with its adapters off.
     micro_batch pairs share a forward pass, which changes memory and time but not the
@@ -413,7 +414,11 @@ def ofsd_step(
         optimizer.step()
     optimizer.zero_grad()
     # Each device has its part of the loss.
-    return {"loss": sum(gather(loss_sum)), "grad_norm": grad_norm}
+    return {
+        "loss": sum(gather(loss_sum)),
+        "grad_norm": grad_norm,
+        "tokens_trained": loss_mask.sum().item(),
+    }
 
 
 @torch.no_grad()
@@ -430,10 +435,31 @@ def token_divergences(model, pair: Pair) -> list[float | None]:
         student_logits = to_logits(model, hidden[chunk])  # (n, V)
         teacher_logits = to_logits(model, teacher_hidden[chunk])  # (n, V)
         of_the_policy += divergences(student_logits, teacher_logits).tolist()
-
     values = iter(of_the_policy)
-    by_token = []
-    for sampled in pair.student.loss_mask:
-        value = next(values) if sampled else None
-        by_token.append(value)
-    return by_token
+    return [next(values) if sampled else None for sampled in pair.student.loss_mask]
+
+
+OBJECTION = 0.05  # nats
+
+
+@torch.no_grad()
+def objections(model, tokenizer, pair: Pair, values: list) -> Iterator:
+    """For the log: what the teacher would rather say, where D is above OBJECTION.
+
+    values: token_divergences of the pair. An objection is [place in the response, the
+    token that the student wrote, the teacher's three most likely ones, in order]. Each
+    token is [text, p_T, p_S].
+    """
+    hidden = policy_hidden(model, [pair.student])  # (M, H)
+    teacher_hidden = policy_hidden(model, [pair.student], [pair.prompt])  # (M, H)
+    places = [place for place, value in enumerate(values) if value is not None]
+    for row, place in enumerate(places):
+        if values[place] > OBJECTION:
+            p_s = to_logits(model, hidden[row]).softmax(-1)  # (V,)
+            p_t = to_logits(model, teacher_hidden[row]).softmax(-1)  # (V,)
+            ids = [pair.student.response_ids[place], *p_t.topk(3).indices.tolist()]
+            texts = [decode(tokenizer, [token]) for token in ids]
+            yield [
+                place,
+                *zip(texts, p_t[ids].tolist(), p_s[ids].tolist(), strict=True),
+            ]

@@ -148,8 +148,7 @@ def grpo_stage(run: Run, round_number: int) -> None:
             )
             updates.append(update)
 
-        # 4. Log the last update, the mean of grad_norm, and the first update's gap:
-        #    there sampling and training must agree (.001 in float32), or it is a bug.
+        # 4. Log the last update, and the first one's gap. Keep a group to look at.
         stats = dict(updates[-1])
         stats["logprob_gap"] = updates[0]["logprob_gap"]
         norms = [update["grad_norm"] for update in updates]
@@ -161,6 +160,7 @@ def grpo_stage(run: Run, round_number: int) -> None:
         history.append(stats)
         if nothing_earned(history):
             print(NOTHING_EARNED)
+        run.log_group(stage, step, questions, trajectories, rewards)
         run.end_step(stage, step, stats)
     merge_adapters(run.model)
 

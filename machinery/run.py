@@ -2,7 +2,7 @@
 
     config.json          the settings
     metrics.jsonl        a line for each test, step and mining
-    trajectories.jsonl   every tested answer, and the mined pairs
+    trajectories.jsonl   every tested answer, a group of each GRPO stage, mined pairs
     model/               the last model, as transformers loads it
     checkpoints/last.pt  everything else that a stopped run needs
 
@@ -38,10 +38,11 @@ from machinery.models import (
 from machinery.passages import Passage
 from machinery.questions import load_questions, load_training_questions
 from machinery.ranks import gather, rank, rank_count
+from machinery.records import first_varied, token_moves
 from machinery.remote import RemoteRetriever
 from machinery.tables import report
 from machinery.text import chat_ids, decode, whole_characters
-from ofsd import Pair, token_divergences
+from ofsd import Pair, objections, privileged_prompt, token_divergences
 from retriever import open_index
 from rollout import Trajectory, rollout, spans, standard_prompt
 
@@ -77,6 +78,7 @@ class Run:
         self.open_retriever()
         self.load_policy()
         self.rng = random.Random(config.seed)  # draws all that is random in the run
+        self.tokens_sampled = 0  # since the last line of metrics.jsonl
 
         # What a stage keeps in checkpoints, besides the policy.
         self.evaluations = []
@@ -184,6 +186,7 @@ class Run:
         everyones = []
         for part in gather(trajectories):
             everyones += part
+        self.tokens_sampled += sum(sum(t.loss_mask) for t in everyones)
         return everyones
 
     def tested(self, stage: str) -> bool:
@@ -231,7 +234,10 @@ class Run:
     # ----------------------------------------------------------------------------- logs
 
     def log(self, kind: str, stage: str, **metrics) -> dict:
-        """Add a line to metrics.jsonl, and return it."""
+        """Add a line to metrics.jsonl, and return it. tokens_sampled: by the policy,
+        since the line before."""
+        metrics["tokens_sampled"] = self.tokens_sampled
+        self.tokens_sampled = 0
         time_s = time.time() - self.began
         return self.append("metrics.jsonl", kind, stage, **metrics, time_s=time_s)
 
@@ -261,14 +267,43 @@ class Run:
             "text": text,
         }
 
+    def log_group(
+        self, stage: str, step: int, questions: list[dict], trajectories: list, rewards
+    ) -> None:
+        """A group of a stage's first step, to look at, after the update on it.
+
+        rewards: (Q, G).
+        """
+        if step > 1:
+            return
+        number = first_varied(rewards.tolist())
+        question = questions[number]
+        size = rewards.shape[1]
+        attempts = []
+        for trajectory in trajectories[number * size : (number + 1) * size]:
+            attempt = self.as_json(question, trajectory)
+            attempt["tokens"] = token_moves(self.model, self.tokenizer, trajectory)
+            attempts.append(attempt)
+        self.append(
+            "trajectories.jsonl",
+            "group",
+            stage,
+            golden_answers=question["golden_answers"],
+            rewards=rewards[number].tolist(),
+            trajectories=attempts,
+        )
+
     def log_pairs(self, stage: str, pairs: list[Pair]) -> None:
-        """Mined pairs, to look at. The first of them token by token."""
+        """Mined pairs, to look at. The first of them token by token, and the very first
+        also with the control's divergences: has another reference the same effect?"""
         for number, pair in enumerate(pairs):
             divergence = []
+            preferences = []
             if number < SHOWN_PAIRS:
                 values = token_divergences(self.model, pair)
                 for token, value in zip(pair.student.response_ids, values, strict=True):
                     divergence.append([decode(self.tokenizer, [token]), value])
+                preferences += objections(self.model, self.tokenizer, pair, values)
             reference = self.as_json(pair.question, pair.reference)
             reference["reward"] = pair.reference_reward
             student = self.as_json(pair.question, pair.student)
@@ -282,7 +317,23 @@ class Run:
                 student=student,
                 rewards=pair.rewards,
                 divergence=divergence,
+                objections=preferences,
+                control=self.control(pairs) if number == 0 else None,
             )
+
+    def control(self, pairs: list[Pair]) -> dict | None:
+        """The first pair's divergences from a teacher that reads the last pair's
+        reference. None if that is of the same question, or is too long."""
+        pair = pairs[0]
+        other = pairs[-1].reference
+        question = pair.question["question"]
+        # What is as long as its own prompt fits.
+        room = len(pair.prompt)
+        prompt = privileged_prompt(self.tokenizer, question, other, room)
+        if other.question == question or prompt is None:
+            return None
+        values = token_divergences(self.model, pair._replace(prompt=prompt))
+        return {"question": other.question, "divergence": values}
 
     # ------------------------------------------------------- checkpoints, and going on
 

@@ -123,6 +123,7 @@ def report(folder: Path, evaluations: list[dict]) -> None:
     print_answer("before", before)
     print_answer("after", after)
     print(f"\nmetrics, trajectories and the model are in {folder}")
+    print(f"look at the run: python -m tools.trace {folder}")
 
 
 def signed(edge: float | None) -> str:

@@ -28,7 +28,7 @@ class TokenStatistics:
             self.kl = (self.kl or 0.0) + losses.kl.detach().sum().item()
 
     def summary(self) -> dict[str, float]:
-        """The loss, and means over the tokens of all devices."""
+        """The loss, means over the tokens of all devices, and how many they are."""
         ranks = gather(self)
         tokens = max(sum(part.tokens for part in ranks), 1)
         summary = {
@@ -36,6 +36,7 @@ class TokenStatistics:
             "clip_frac": sum(part.clipped for part in ranks) / tokens,
             "entropy": sum(part.entropy for part in ranks) / tokens,
             "logprob_gap": max(part.largest_gap for part in ranks),
+            "tokens_trained": sum(part.tokens for part in ranks),
         }
         sums_of_kl = [part.kl for part in ranks if part.kl is not None]
         if sums_of_kl:

@@ -42,6 +42,7 @@ FILES = {
     "machinery/passages.py": ["tests/test_files.py"],
     "machinery/questions.py": ["tests/test_questions.py"],
     "machinery/ranks.py": ["tests/test_run.py"],
+    "machinery/records.py": ["tests/test_run.py"],
     "machinery/remote.py": ["tests/test_remote.py"],
     "machinery/run.py": [
         "tests/test_run.py",
@@ -1106,6 +1107,24 @@ MUTANTS = [
             "every stage goes on there",
             'if saved.get("stage") != stage or',
             'if "stage" not in saved or',
+        ),
+        (
+            "machinery/run.py",
+            "observations count as sampled",
+            "sum(sum(t.loss_mask) for t in everyones)",
+            "sum(len(t.loss_mask) for t in everyones)",
+        ),
+        (
+            "machinery/records.py",
+            "a group without variance is kept",
+            "if len(set(group_rewards)) > 1:",
+            "if group_rewards:",
+        ),
+        (
+            "ofsd.py",
+            "the tokens that the student prefers",
+            "p_t.topk(3)",
+            "p_s.topk(3)",
         ),
         (
             "machinery/run.py",

@@ -86,6 +86,17 @@ def test_every_name_stands_in_the_legend_as_it_is(tmp_path, monkeypatch, capsys,
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
+def test_folders_of_one_name_have_their_paths_in_the_legend(
+    tmp_path, monkeypatch, drawn
+):
+    folders = [make_run(tmp_path / f"{part}/run") for part in "ab"]
+    run_main(monkeypatch, plot.main, "plot.py", *folders)
+    upper, lower = drawn[0].axes
+    assert names_in(upper) == [str(folder) for folder in folders]
+    assert [text.get_text() for text in upper.texts] == ["grpo-$0$", "grpo-$1$"]
+    assert lower.get_xlabel() == "steps of GRPO and OFSD"
+
+
 def test_the_folder_in_which_one_stands_has_its_name(tmp_path, monkeypatch, drawn):
     monkeypatch.chdir(make_run(tmp_path / "here"))
     run_main(monkeypatch, plot.main, "plot.py", ".")
@@ -99,6 +110,9 @@ def test_what_cannot_be_the_name_of_a_picture_is_refused(
     for out, message in (("a.xyz", "xyz"), ("no/a.png", "No such file")):
         out = tmp_path / out
         run_main(monkeypatch, real.main, "real.py", "figure", out, folder, status=2)
+        said = line_of(capsys)
+        assert str(out) in said and message in said
+        run_main(monkeypatch, plot.main, "plot.py", folder, "--out", out, status=2)
         said = line_of(capsys)
         assert str(out) in said and message in said
 

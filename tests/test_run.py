@@ -5,15 +5,18 @@ import json
 import math
 import random
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL
 
+from grpo import response_logits, token_logprobs
 from machinery import ranks
 from machinery import run as run_module
 from machinery.errors import BadInput
+from machinery.records import first_varied, token_moves
 from machinery.run import Run, checksum, step_heading, step_line
 from rollout import Trajectory
 
@@ -40,6 +43,7 @@ def sampled(monkeypatch):
             tokenizer=None,
             retriever=None,
             rng=random.Random(0),
+            tokens_sampled=0,
         )
         rows = [{"question": question} for question in questions]
         for keywords in calls:
@@ -81,6 +85,70 @@ def test_sampling_obeys_the_settings(sampled):
     for name in run_module.LIMITS:
         assert plain[name] == getattr(SMALL, name)
     assert plain["batch_size"] == SMALL.rollout_batch
+
+
+def test_a_line_of_metrics_counts_the_tokens_sampled_since_the_line_before(
+    tmp_path, monkeypatch
+):
+    """Those of the policy: what the environment wrote is none of them."""
+    rows = [Trajectory("a", [1], [5, 6, 7], [1, 0, 1]), Trajectory("b", [1], [5], [1])]
+    monkeypatch.setattr(run_module, "rollout", lambda *_, **__: rows)
+    run = SimpleNamespace(
+        config=SMALL,
+        model=None,
+        tokenizer=None,
+        retriever=None,
+        rng=random.Random(0),
+        tokens_sampled=0,
+        folder=tmp_path,
+        began=0.0,
+    )
+    run.append = partial(Run.append, run)
+    counts = []
+    for samplings in (1, 0, 2):
+        for _ in range(samplings):
+            Run.sample(run, [{"question": "a"}, {"question": "b"}])
+        counts.append(Run.log(run, "step", "grpo-1")["tokens_sampled"])
+    assert counts == [3, 0, 6]
+
+
+def test_the_group_that_is_kept_is_the_first_that_teaches_something():
+    assert first_varied([[1.0, 1.0], [0.5, 0.5], [0.0, 0.1], [1.0, 0.0]]) == 2
+    assert first_varied([[1.0, 1.0], [0.0, 0.0]]) == 0
+
+
+def test_a_token_of_the_policy_has_its_log_probability_before_and_now(
+    random_model, tokenizer
+):
+    trajectory = Trajectory("?", [3, 4], [5, 6, 7, 8], [1, 0, 0, 1], [-1.5, 0, 0, -2.0])
+    moves = token_moves(random_model, tokenizer, trajectory)
+    with torch.no_grad():
+        logits = response_logits(random_model, trajectory)  # (T, V)
+    now = token_logprobs(logits, torch.tensor(trajectory.response_ids)).tolist()
+    texts = [tokenizer.decode([token]) for token in trajectory.response_ids]
+    assert [move[0] for move in moves] == texts
+    assert moves[1:3] == [texts[1:2], texts[2:3]]
+    assert moves[0][1:] == pytest.approx([-1.5, now[0]], abs=1e-4)
+    assert moves[3][1:] == pytest.approx([-2.0, now[3]], abs=1e-4)
+
+
+def test_a_stage_keeps_one_group_of_its_first_step(tmp_path, random_model, tokenizer):
+    run = SimpleNamespace(model=random_model, tokenizer=tokenizer, folder=tmp_path)
+    run.as_json = partial(Run.as_json, run)
+    run.append = partial(Run.append, run)
+    questions = [{"golden_answers": ["x"]}, {"golden_answers": ["y"]}]
+    group = []
+    for answer in "abcd":
+        row = Trajectory(answer, [3], [5], [1], [-1.0], answer=answer)
+        group.append(row)
+    rewards = torch.tensor([[1.0, 1.0], [0.0, 0.5]])
+    for step in (1, 2, 3):
+        Run.log_group(run, "grpo-1", step, questions, group, rewards)
+    (line,) = (tmp_path / "trajectories.jsonl").read_text().splitlines()
+    line = json.loads(line)
+    assert line["kind"] == "group" and line["rewards"] == [0.0, 0.5]
+    assert line["golden_answers"] == ["y"]
+    assert [row["answer"] for row in line["trajectories"]] == ["c", "d"]
 
 
 def test_questions_come_in_passes_each_in_an_order_of_its_own():

@@ -48,6 +48,7 @@ def grpo_steps_of(monkeypatch, random_model):
             begin_stage=lambda stage, **objects: done,
             next_questions=lambda count: [QUESTION] * count,
             sample=sample,
+            log_group=lambda stage, step, *group: None,
             end_step=lambda *step: logged.append(step),
         )
         train_module.grpo_stage(run, round_number)

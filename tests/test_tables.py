@@ -149,6 +149,7 @@ def test_the_report_is_a_table_and_a_question_that_became_right(tmp_path, capsys
     assert lines[8:10] == ["before: two (answer: x / y)", r"second wrong \x1b[0m"]
     assert lines[11:13] == ["after: two (answer: x / y)", r"second right \x1b[0m"]
     assert lines[14].endswith(str(tmp_path))
+    assert lines[15] == f"look at the run: python -m tools.trace {tmp_path}"
 
 
 # ------------------------------------------------------------- a step's metrics
@@ -208,6 +209,7 @@ def test_an_update_logs_the_mean_token_and_the_largest_gap(monkeypatch):
         "clip_frac": 0.5,
         "entropy": 1.0,
         "logprob_gap": 0.4,
+        "tokens_trained": 4,
         "kl": 0.4,
     }
     assert statistics.summary() == pytest.approx(alone)
@@ -222,6 +224,7 @@ def test_an_update_logs_the_mean_token_and_the_largest_gap(monkeypatch):
         "clip_frac": 0.75,
         "entropy": 1.0,
         "logprob_gap": 0.4,
+        "tokens_trained": 8,
         "kl": 0.2,
     }
     assert statistics.summary() == pytest.approx(together)
@@ -230,6 +233,7 @@ def test_an_update_logs_the_mean_token_and_the_largest_gap(monkeypatch):
 def test_without_a_token_or_a_penalty_there_is_no_division_and_no_kl():
     statistics = TokenStatistics()
     nothing = {"loss": 0.0, "clip_frac": 0.0, "entropy": 0.0, "logprob_gap": 0.0}
-    assert statistics.summary() == nothing
+    assert statistics.summary() == {**nothing, "tokens_trained": 0}
     statistics.add(*chunk_of(0.0))
-    assert statistics.summary() == {**nothing, "loss": 0.5, "entropy": 1.0}
+    one = {**nothing, "tokens_trained": 1}
+    assert statistics.summary() == {**one, "loss": 0.5, "entropy": 1.0}

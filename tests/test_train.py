@@ -52,6 +52,7 @@ def test_a_short_run_writes_what_it_promises(small_run):
         assert evals[-1][name] == mining[name]
     kinds = [row["kind"] for row in read(small_run, "trajectories.jsonl")]
     assert kinds.count("eval") == 18 and kinds.count("pair") == mining["pairs"]
+    assert kinds.count("group") == 1
     assert json.loads((small_run / "config.json").read_text())["grpo_steps"] == 2
 
 
@@ -69,7 +70,8 @@ def test_a_reward_is_any_number_and_em_and_mining_stay_exact_match(
         assert step["reward"] == 1.0 and step["zero_var"] == 1.0
     rows = read(folder, "trajectories.jsonl")
     for stage in ("base", "grpo-1"):
-        ems = [row["em"] for row in rows if row["stage"] == stage]
+        answers = [row for row in rows if row["kind"] == "eval"]
+        ems = [row["em"] for row in answers if row["stage"] == stage]
         tests = [row for row in read(folder, "metrics.jsonl") if row["kind"] == "eval"]
         logged = next(row["em"] for row in tests if row["stage"] == stage)
         assert {*ems} <= {0.0, 1.0} and sum(ems) / len(ems) == pytest.approx(logged)
