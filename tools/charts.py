@@ -11,6 +11,8 @@ LEFT = 14
 RIGHT = 346
 TOP = 44
 BOTTOM = 158
+MARGIN = 22  # between the frame and the first point
+NAMES = BOTTOM + 22  # where the names of stages stand
 MOST_LABELS = 6  # on the x axis; of more points every second or third has one
 
 
@@ -23,10 +25,15 @@ class Scale(NamedTuple):
 
     def x(self, number: float) -> float:
         """Of the point with this number, from 0 on."""
-        return LEFT + 22 + (RIGHT - LEFT - 44) * number / max(self.count - 1, 1)
+        intervals = max(self.count - 1, 1)
+        width = RIGHT - LEFT - 2 * MARGIN
+        share = number / intervals
+        return round(LEFT + MARGIN + width * share, 1)
 
     def y(self, value: float) -> float:
-        return BOTTOM - (BOTTOM - TOP) * (value - self.low) / (self.high - self.low)
+        share = (value - self.low) / (self.high - self.low)
+        height = BOTTOM - TOP
+        return round(BOTTOM - height * share, 1)
 
 
 def scale_of(values: list[float], count: int, highest: float = 1.0) -> Scale:
@@ -45,11 +52,12 @@ def stage_chart(title: str, stages: list[str], values: list[float], form: str) -
     for number, (stage, value) in enumerate(zip(stages, values, strict=True)):
         x = scale.x(number)
         y = scale.y(value)
-        said.append(f"{stage} {value:{form}}")
-        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        text = f"{value:{form}}"
+        said.append(f"{stage} {text}")
+        parts.append(f'<circle class="dot" cx="{x}" cy="{y}" r="4"/>')
         if number % every == 0 or number == len(values) - 1:
-            parts.append(words_at(x, y - 10, f"{value:{form}}", "strong"))
-            parts.append(words_at(x, BOTTOM + 22, stage))
+            parts.append(words_at(x, y - 10, text, "strong"))
+            parts.append(words_at(x, NAMES, stage))
     return picture(title, said, parts)
 
 
@@ -69,39 +77,51 @@ def step_chart(title: str, stages: dict[str, list[float | None]]) -> str:
         for number, value in enumerate(values, start=begin):
             if value is not None:
                 points.append((number, value))
-        middle = scale.x(begin + (len(values) - 1) / 2)
-        parts.append(words_at(middle, BOTTOM + 22, stage))
+        last_step = len(values) - 1
+        middle = scale.x(begin + last_step / 2)
+        parts.append(words_at(middle, NAMES, stage))
         if points:
             parts.append(line_of(scale, points))
-            said.append(f"{stage} from {points[0][1]:.2f} to {points[-1][1]:.2f}")
+            first = points[0][1]
+            last = points[-1][1]
+            said.append(f"{stage} from {first:.2f} to {last:.2f}")
         if begin > 0:
             x = scale.x(begin - 0.5)
-            parts.append(
-                f'<line class="faint" x1="{x:.1f}" x2="{x:.1f}"'
-                f' y1="{TOP}" y2="{BOTTOM}"/>'
-            )
+            parts.append(faint_line(x, TOP, x, BOTTOM))
         begin += len(values)
     return picture(title, said, parts)
 
 
-def line_of(scale: Scale, points: list[tuple[int, float]]) -> str:
+def line_of(scale: Scale, points: list) -> str:
     """A line through points: (number, value)."""
     places = []
     for number, value in points:
-        places.append(f"{scale.x(number):.1f},{scale.y(value):.1f}")
-    return f'<polyline class="curve" points="{" ".join(places)}"/>'
+        x = scale.x(number)
+        y = scale.y(value)
+        places.append(f"{x},{y}")
+    joined = " ".join(places)
+    return f'<polyline class="curve" points="{joined}"/>'
+
+
+def faint_line(x1: float, y1: float, x2: float, y2: float) -> str:
+    ends = f'x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"'
+    return f'<line class="faint" {ends}/>'
 
 
 def words_at(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{shown(text)}</text>'
+    place = f'x="{x}" y="{y}"'
+    content = shown(text)
+    return f'<text class="{kind}" {place}>{content}</text>'
 
 
 def picture(title: str, said: list[str], parts: list[str]) -> str:
     """The parts over an axis. said: what a screen reader reads."""
-    label = shown(f"{title}: {', '.join(said)}")
-    axis = f'<line class="faint" x1="{LEFT}" x2="{RIGHT}" y1="{BOTTOM}" y2="{BOTTOM}"/>'
+    numbers = ", ".join(said)
+    label = shown(f"{title}: {numbers}")
+    axis = faint_line(LEFT, BOTTOM, RIGHT, BOTTOM)
     heading = words_at(LEFT, 16, title, "left strong")
+    content = "".join(parts)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-        f"{heading}{axis}{''.join(parts)}</svg>"
+        f"{heading}{axis}{content}</svg>"
     )

@@ -75,8 +75,11 @@ def whole_attempt(trajectory: dict) -> str:
 
 def verdict(trajectory: dict) -> str:
     """Whether its answer is right, the answer, and how it came to it."""
-    state = "right" if trajectory["em"] else "wrong"
-    sign = "✓" if trajectory["em"] else "✗"
+    state = "wrong"
+    sign = "✗"
+    if trajectory["em"]:
+        state = "right"
+        sign = "✓"
     answer = "no answer"
     if trajectory["answer"] is not None:
         answer = shown(trajectory["answer"])

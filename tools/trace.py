@@ -559,7 +559,7 @@ def choice(token: list) -> str:
 def probability(value: float) -> str:
     """
     >>> probability(0.5), probability(1.0), probability(0.0004), probability(1e-9)
-    ('.50', '1.00', '.0004', '<.0001')
+    ('.50', '1.00', '.0004', '&lt;.0001')
     """
     if value < 0.0001:
         return "&lt;.0001"

@@ -64,7 +64,8 @@ def test_without_ofsd_there_are_only_stages_of_grpo(tmp_path, capsys):
         ("step", "grpo-2"),
         ("eval", "grpo-2"),
     ]
-    assert all(row["kind"] == "eval" for row in read(folder, "trajectories.jsonl"))
+    kinds = [row["kind"] for row in read(folder, "trajectories.jsonl")]
+    assert kinds.count("group") == 2 and "pair" not in kinds
     assert "ofsd-1" not in capsys.readouterr().out
 
 
