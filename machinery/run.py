@@ -245,7 +245,9 @@ class Run:
             is_number = not isinstance(value, float) or math.isfinite(value)
             written[key] = value if is_number else None
         path = self.folder / name
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with path.open(
+            "a", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
             file.write(json.dumps(written, ensure_ascii=False) + "\n")
         return line
 
@@ -452,8 +454,8 @@ def checksum(model) -> int:
 
 
 def sync(path: Path) -> None:
-    """Wait until the file is on the disk."""
-    with path.open("rb") as file:
+    """Wait until the file is on the disk. Windows does so only for a writer."""
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 
