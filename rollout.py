@@ -45,7 +45,7 @@ import torch
 from tqdm import tqdm
 from transformers.cache_utils import Cache
 
-from machinery.devices import arithmetic
+from machinery.devices import arithmetic, frozen_kept, product_dtype
 from machinery.errors import BadInput
 from machinery.passages import Passage
 from machinery.text import (
@@ -272,7 +272,7 @@ def rollout(
     size = max(batch_size // group_size, 1) * group_size  # whole groups
     hide_bar = None if progress else True  # None: tqdm shows it on a terminal only
     bar = tqdm(total=len(trajectories), desc=progress, disable=hide_bar, leave=False)
-    with arithmetic(model), bar:
+    with arithmetic(model), frozen_kept(model), bar:
         for first in range(0, len(trajectories), size):
             rows = unfinished(trajectories[first : first + size])
             cache = RowCache(model)
@@ -539,10 +539,10 @@ class RowCache(Cache):
         self.rows = torch.arange(n, device=device)[:, None]  # (n, 1)
         self.slots = start + torch.arange(size, device=device)  # (n, S)
         self.used = max(lengths) + size
-        # A token sees the slots up to its own.
-        mask = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]
-        if model.config._attn_implementation != "sdpa":
-            mask = torch.where(mask, 0.0, -torch.inf)  # eager attention adds its mask
+        # A token sees the slots up to its own. The mask is added to the scores: one of
+        # True and False would be turned into such a one in every layer.
+        seen = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]
+        mask = torch.where(seen, 0.0, -torch.inf).to(product_dtype(model))
 
         output = model(
             input_ids=torch.tensor(padded, device=device),  # (n, S)

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo import grpo_step
 from machinery.adapters import add_adapters
-from machinery.devices import arithmetic
+from machinery.devices import arithmetic, frozen_kept
 from machinery.errors import BadInput
 from machinery.models import frozen_copy
 from machinery.terminal import Parser, run_script
@@ -96,7 +96,7 @@ def make_trajectory() -> Trajectory:
 def sample_some(model) -> None:
     """Fill the cache as observations do, then sample 20 tokens a trajectory."""
     cache = RowCache(model)
-    with arithmetic(model):
+    with arithmetic(model), frozen_kept(model):
         for _ in range(3):
             cache.feed([random_ids(RESPONSE // 3) for _ in range(IN_FLIGHT)])
         logits = cache.feed([[1]] * IN_FLIGHT)  # (n, V)

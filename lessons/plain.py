@@ -24,7 +24,7 @@ USER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 # more for a rare word (idf), for a repeated one (tf), and in a short passage (norm).
 # %%
 def read(path):
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 

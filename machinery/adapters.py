@@ -9,6 +9,7 @@ it was before them: that is OFSD's teacher, without a second copy of the weights
 import contextlib
 
 import torch
+from torch.nn import functional
 
 from machinery.errors import BadInput
 
@@ -32,7 +33,9 @@ class LoRA(torch.nn.Module):
         y = self.linear(x)  # (..., out)
         if not self.on:
             return y
-        change = 2 * (x.to(self.A.dtype) @ self.A.T @ self.B.T)  # (..., out)
+        # Autocast keeps its rounded copies of A and B. Of A.T it would keep none.
+        inner = functional.linear(x, self.A)  # (..., r), which is x A^T
+        change = 2 * functional.linear(inner, self.B)  # (..., out)
         return y + change.to(y.dtype)
 
 

@@ -54,3 +54,29 @@ def arithmetic(model):
     if chosen == torch.bfloat16:
         return torch.autocast(device, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def frozen_kept(model):
+    """A context for sampling, in which autocast keeps copies of frozen weights, too.
+
+    It keeps the copies of weights that require a gradient only. While no gradients are
+    computed we may say that all do: else the weights beside adapters are rounded anew
+    for each token. The copies take 2 bytes a weight.
+    """
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def product_dtype(model) -> torch.dtype:
+    """What matrix products return here and now: autocast's dtype, or the weights'."""
+    device = model.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return model.dtype

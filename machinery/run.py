@@ -248,7 +248,9 @@ class Run:
             return line
         text = json.dumps(without_nan(line), ensure_ascii=False)
         path = self.folder / name
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with path.open(
+            "a", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file:
             file.write(text + "\n")
         return line
 
@@ -515,8 +517,8 @@ def without_nan(value):
 
 
 def sync(path: Path) -> None:
-    """Wait until the file is on the disk."""
-    with path.open("rb") as file:
+    """Wait until the file is on the disk. Windows does so only for a writer."""
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 

@@ -551,6 +551,24 @@ MUTANTS = [
             "dtype",
         ),
         (
+            "machinery/devices.py",
+            "frozen weights rounded for each token",
+            "        weight.requires_grad_(True)\n",
+            "        pass\n",
+        ),
+        (
+            "machinery/devices.py",
+            "frozen weights trained after sampling",
+            "            weight.requires_grad_(False)\n",
+            "            pass\n",
+        ),
+        (
+            "machinery/models.py",
+            "norms without their weights",
+            "                fused.weight = norm.weight\n",
+            "",
+        ),
+        (
             "machinery/adapters.py",
             "adapters begin at random",
             "zeros = linear.weight.new_zeros(linear.out_features, rank)",

@@ -2,8 +2,16 @@
 
 import pytest
 import torch
+from torch.profiler import profile
 
-from machinery.devices import arithmetic, choose_arithmetic, choose_device
+from machinery.adapters import add_adapters
+from machinery.devices import (
+    arithmetic,
+    choose_arithmetic,
+    choose_device,
+    frozen_kept,
+    product_dtype,
+)
 from machinery.errors import BadInput
 
 
@@ -70,3 +78,35 @@ def test_the_arithmetic_of_a_model_is_that_of_its_products(random_model):
     # A caller's own autocast is left alone.
     with torch.autocast("cpu", torch.bfloat16):
         assert kind_of_logits() == torch.bfloat16
+
+
+def test_the_dtype_of_products_is_what_they_return(random_model):
+    def returned():
+        weight = random_model.lm_head.weight
+        return (weight @ weight.T).dtype
+
+    assert product_dtype(random_model) == returned() == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product_dtype(random_model) == returned() == torch.bfloat16
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_in_sampling_each_weight_is_rounded_once(random_model, rank):
+    """With adapters, too: the frozen weights beside them are most of the model."""
+    if rank:
+        add_adapters(random_model, rank)
+    random_model.arithmetic = torch.bfloat16
+    shapes = {str(list(weight.shape)) for weight in random_model.parameters()}
+    trained = [weight.requires_grad for weight in random_model.parameters()]
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad(), arithmetic(random_model), frozen_kept(random_model):
+        random_model(ids)  # here they are rounded
+        with profile(record_shapes=True) as profiler:
+            random_model(ids)
+    rounded = [
+        event
+        for event in profiler.events()
+        if event.name == "aten::_to_copy" and str(event.input_shapes[0]) in shapes
+    ]
+    assert not rounded
+    assert trained == [weight.requires_grad for weight in random_model.parameters()]

@@ -17,6 +17,7 @@ from machinery.models import (
     check_tokenizer,
     check_training,
     choose_template,
+    fuse_norms,
     load_model,
     read_model,
     refusing,
@@ -45,6 +46,38 @@ SOFT_CAPPED = {
     "layer_types": ["full_attention"] * 2,
     "final_logit_softcapping": 0.5,
 }
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_norms_of_torch_give_the_same_digits_and_gradients(small_model, kind):
+    more = {"sliding_window": None} if kind == "mistral" else {}
+    model = small_model(kind, num_key_value_heads=2, **more)
+    ids = torch.arange(60).reshape(3, 20)
+
+    def digits():
+        model.zero_grad()
+        logits = model(ids).logits  # (3, 20, V)
+        logits.log_softmax(-1)[..., 0].sum().backward()
+        return [logits.detach()] + [weight.grad for weight in model.parameters()]
+
+    before = digits()
+    names = list(model.state_dict())
+    fuse_norms(model)
+    assert isinstance(model.model.norm, torch.nn.RMSNorm)
+    assert list(model.state_dict()) == names
+    for expected, value in zip(before, digits(), strict=True):
+        assert torch.equal(expected, value)
+
+
+def test_other_norms_stay(small_model):
+    """Gemma's weight counts from 1, and Qwen3 has norms of single heads."""
+    gemma = small_model("gemma", num_key_value_heads=2, head_dim=8)
+    kind = type(gemma.model.norm)
+    fuse_norms(gemma)
+    assert type(gemma.model.norm) is kind
+    qwen = small_model("qwen3", num_key_value_heads=2, head_dim=8)
+    fuse_norms(qwen)
+    assert not isinstance(qwen.model.layers[0].self_attn.q_norm, torch.nn.RMSNorm)
 
 
 @pytest.fixture

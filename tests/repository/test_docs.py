@@ -443,3 +443,30 @@ def test_the_trajectories_of_the_paper_are_counted():
     assert f"at most {grpo + pool + edge:,}" in page
     hours = (grpo + pool + edge) * 640 / 3000 / 3600
     assert round(hours, -1) == 50
+
+
+def test_the_operations_of_a_decoding_step_are_those_of_the_bench():
+    log = text_of("results/bench/decode-ops.txt")
+    now, before = log.split("$ the same script")
+    said = "{} operations in bfloat16, where this code once took {}, and {} in float32"
+    said += ", of {}"
+    numbers = []
+    for kind in ("bfloat16", "float32"):
+        for part in (now, before):
+            found = re.search(rf"^{kind} +([\d.]+)", part, re.M)[1]
+            numbers.append(f"{round(float(found)):,}")
+    assert said.format(*numbers) in flat(DOCS["reliability"])
+
+
+def test_the_growth_of_the_search_is_that_of_the_bench():
+    log = text_of("results/bench/bm25-large.txt")
+    shown = cells_of(DOCS["retrieval"])
+    for size in ("100000", "500000", "2000000"):
+        line = re.search(rf"^{size} +(.*)", log, re.M)[1]
+        build, peak, query, per_million, _ = line.split()
+        assert shown[f"{int(size):,}"] == [
+            f"{float(build):.0f} µs",
+            f"{float(peak):.1f} KB",
+            f"{float(query):.1f} ms",
+            f"{float(per_million):.1f} ms",
+        ]
