@@ -126,9 +126,13 @@ class Bigrams:
         self.config = plain.model.config
         self.generation_config = plain.model.generation_config
         self.device = torch.device("cpu")
+        self.dtype = torch.float32
         ids = encode(plain.tokenizer, "\n" + text)
         assert len(set(ids)) == len(ids), "each token needs one that follows it"
         self.following = dict(zip(ids, ids[1:] + ids[1:2], strict=True))
+
+    def parameters(self):
+        return []
 
     def __call__(self, tokens=None, input_ids=None, **others):
         last = (input_ids if tokens is None else tokens)[:, -1].tolist()

@@ -172,7 +172,8 @@ def evaluation_table(evaluations: list[dict]) -> str:
     """A line for each test of the run."""
     kinds = list(evaluations[0].get("em_by", {}))
     names = ["stage", "EM", *[f"EM {shown(kind)}" for kind in kinds]]
-    names += ["F1", "searches", "answered", "edge", "supported", "control", "minutes"]
+    names += ["F1", "searches", "answered", "edge", "supported", "control"]
+    names.append("minutes so far")
     heads = "".join(f'<th scope="col">{name}</th>' for name in names)
     rows = [f"<tr>{heads}</tr>"]
     for row in evaluations:
@@ -311,12 +312,13 @@ def grpo_section(log: Log) -> list[str]:
         "less likely. log π is the log-probability of all that the policy wrote in a "
         "trajectory, when it was sampled and after the update. Shown is the first "
         "group of a stage's first step whose rewards differ; the update was made on "
-        "all groups of that step.</p>",
+        "all groups of that step. A token that likelier and less likely trajectories "
+        "share may move either way.</p>",
         level_key(
-            "Marked are tokens whose log π moved by",
+            "Marked are tokens whose log π changed:",
             [
-                ("likelier", "▲", "up: likelier"),
-                ("less", "▼", "down: less likely"),
+                ("likelier", "▲", "likelier, by"),
+                ("less", "▼", "less likely, by"),
             ],
             MOVE,
             "A number is the change.",
@@ -418,8 +420,10 @@ def ofsd_section(log: Log) -> list[str]:
         "one to be corrected, the student's. The teacher is the same model, but its "
         "prompt shows the reference. Both read the student's text, and say at each "
         "token how likely they find each next token. Where the two differ, the teacher "
-        "objects, and the update pulls the student towards the teacher. All numbers "
-        "are from before the update.</p>",
+        "objects, and the update pulls the student towards the teacher. Where the "
+        "teacher's first choice is another token, it would have written that. "
+        "Elsewhere it is only more or less sure of the same one. All numbers are from "
+        "before the update.</p>",
         level_key(
             "Marked are tokens where the divergence from the teacher is",
             [("", "", "")],
@@ -433,7 +437,8 @@ def ofsd_section(log: Log) -> list[str]:
         pairs = log.pairs.get(stage, [])
         logged = [pair for pair in pairs if pair["divergence"]]
         chosen = spread(logged, MOST_PAIRS)
-        parts.append(f"<h3>{shown(stage)}: {len(chosen)} of {len(pairs)} pairs</h3>")
+        parts.append(f"<h3>{shown(stage)}: {len(chosen)} of {len(pairs)} pairs")
+        parts.append("<small>(at equal distances in their order)</small></h3>")
         if stage in counts:
             parts.append(mining_line(counts[stage]))
         for number, pair in enumerate(chosen):
@@ -581,8 +586,8 @@ def control_part(pair: dict) -> str:
         "<h5>Control: the same text, but the teacher has read the reference of "
         f"another question</h5><p>It read about: {shown(control['question'])} All "
         f"divergences together are {other:.2f} nats here, and {own:.2f} with the right "
-        "reference. More is not better: this reference speaks of something else, and "
-        "the teacher may object because it expects its names.</p>"
+        "reference. More would not be better: this reference speaks of something else, "
+        "and the teacher may object because it expects its names.</p>"
     )
     return side_by_side(text + divergence_map(tokens))
 
