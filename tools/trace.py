@@ -417,7 +417,8 @@ def ofsd_section(log: Log) -> list[str]:
         return ["<p>This run has no OFSD stage.</p>"]
     parts = [
         "<p>A pair is two attempts at one question: a right one, the reference, and "
-        "one to be corrected, the student's. The teacher is the same model, but its "
+        "one to be corrected, the student's: a wrong one if there is any. OFSD does "
+        "not use their advantages. The teacher is the same model, but its "
         "prompt shows the reference. Both read the student's text, and say at each "
         "token how likely they find each next token. Where the two differ, the teacher "
         "objects, and the update pulls the student towards the teacher. Where the "
