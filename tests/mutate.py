@@ -39,6 +39,7 @@ FILES = {
     "machinery/hints.py": ["tests/test_hints.py"],
     "machinery/json_lines.py": ["tests/test_files.py"],
     "machinery/metrics.py": ["tests/test_tables.py"],
+    "machinery/models.py": ["tests/test_models.py"],
     "machinery/passages.py": ["tests/test_files.py"],
     "machinery/questions.py": ["tests/test_questions.py"],
     "machinery/ranks.py": ["tests/test_run.py"],

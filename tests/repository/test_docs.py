@@ -286,6 +286,9 @@ def test_the_speed_of_the_losses_is_that_of_the_benchmarks(kind, title):
 
 def test_the_mutants_are_counted():
     assert f"in {len(mutate.MUTANTS)} small ways" in flat(DOCS["reliability"])
+    for mutant in mutate.MUTANTS:
+        assert mutant.file in mutate.FILES
+        assert mutant.text in text_of(mutant.file), mutant.mistake
 
 
 def test_the_micro_world_is_as_it_is_told():
