@@ -435,8 +435,13 @@ def token_divergences(model, pair: Pair) -> list[float | None]:
         student_logits = to_logits(model, hidden[chunk])  # (n, V)
         teacher_logits = to_logits(model, teacher_hidden[chunk])  # (n, V)
         of_the_policy += divergences(student_logits, teacher_logits).tolist()
+
     values = iter(of_the_policy)
-    return [next(values) if sampled else None for sampled in pair.student.loss_mask]
+    by_token = []
+    for sampled in pair.student.loss_mask:
+        value = next(values) if sampled else None
+        by_token.append(value)
+    return by_token
 
 
 OBJECTION = 0.05  # nats

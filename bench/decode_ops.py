@@ -16,7 +16,6 @@ of rank 8 beside frozen weights. On a CPU torch.nn.RMSNorm still takes six steps
 the one operation that is counted. On a GPU it is one.
 """
 
-import argparse
 import time
 from collections import Counter
 from statistics import median
@@ -29,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from machinery.adapters import add_adapters
 from machinery.devices import arithmetic, choose_device, frozen_kept
 from machinery.models import fuse_norms
+from machinery.terminal import Parser, run_script
 from rollout import RowCache, sample
 
 STEPS = 16
@@ -170,7 +170,7 @@ def measure(title: str, model, rows: int, most: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Count a decoding step's operations.")
+    parser = Parser(description="Count a decoding step's operations.")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--vocabulary", type=int, default=49_152)
     parser.add_argument("--rows", type=int, default=8)
@@ -190,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

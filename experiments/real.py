@@ -39,7 +39,7 @@ from machinery.json_lines import read_jsonl, write_jsonl
 from machinery.models import load_model
 from machinery.questions import load_questions
 from machinery.run import Run
-from machinery.settings import read_settings
+from machinery.settings import as_begun, read_settings
 from machinery.tables import interval, print_table
 from machinery.terminal import Parser, printable, run_script
 from retriever import open_index
@@ -258,13 +258,9 @@ class CountedRun(Run):
 
 
 def train_counted(settings: Config) -> None:
-    """Train, or go on. A run that goes on keeps its date, also after midnight."""
-    begun = Path(settings.out) / "config.json"
-    if begun.exists():
-        date = read_settings(begun, Config).date
-        run_stages(CountedRun(replace(settings, date=date), resume=True))
-    else:
-        run_stages(CountedRun(settings))
+    """Train, or go on with the run that is there."""
+    settings, resume = as_begun(settings)
+    run_stages(CountedRun(settings, resume=resume))
 
 
 def pilot(plan_name: str, name: str, changes: list[str]) -> None:

@@ -63,6 +63,18 @@ def read_settings(path, kind: type):
         raise BadInput(f"{path}: {error}") from error
 
 
+def as_begun(config) -> tuple:
+    """(config, whether a run is to go on): with the date of the run in config.out.
+
+    Where there is no run yet the config stays as it is. A chat template may hold the
+    date, and a run may go on after midnight.
+    """
+    begun = Path(config.out) / "config.json"
+    if not begun.exists():
+        return config, False
+    return replace(config, date=read_settings(begun, type(config)).date), True
+
+
 def parse_flags(kind: type) -> tuple:
     """(settings of this kind, whether a run is to go on) from the command line.
 

@@ -13,6 +13,12 @@ from machinery.errors import BadInput
 Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)
 
 
+def check_seed(parser: argparse.ArgumentParser, seed: int) -> None:
+    """End the script where numpy would refuse the --seed."""
+    if not 0 <= seed < 2**32:
+        parser.error("--seed is at least 0 and below 2**32")
+
+
 def printable(text: str) -> str:
     r"""Text that others wrote. What could move the cursor is shown as an escape.
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from machinery.json_lines import write_jsonl
 from machinery.passages import Passage
-from machinery.terminal import Parser, run_script
+from machinery.terminal import Parser, check_seed, run_script
 from micro.make import LEADS_TO, RELATIONS, World, name_pools
 from retriever import BM25
 from rollout import parse_turn
@@ -187,8 +187,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
     flags = parser.parse_args()
-    if not 0 <= flags.seed < 2**32:
-        parser.error("--seed is at least 0 and below 2**32")
+    check_seed(parser, flags.seed)
     flags.out.mkdir(parents=True, exist_ok=True)
     world = EnglishWorld(flags.seed)
     write_jsonl(

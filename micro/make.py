@@ -56,7 +56,7 @@ from machinery.json_lines import write_jsonl
 from machinery.models import load_model, save_model
 from machinery.passages import Passage, load_corpus
 from machinery.questions import load_questions
-from machinery.terminal import Parser, run_script
+from machinery.terminal import Parser, check_seed, run_script
 from machinery.text import TAGS, chat_ids
 from ofsd import PRIVILEGED, Pair, mine_pairs, privileged_prompt
 from retriever import BM25
@@ -788,8 +788,7 @@ def parse_flags() -> argparse.Namespace:
         "--questions", help="of --check (default: test.jsonl in the folder)"
     )
     flags = parser.parse_args()
-    if not 0 <= flags.seed < 2**32:
-        parser.error("--seed is at least 0 and below 2**32")
+    check_seed(parser, flags.seed)
     return flags
 
 

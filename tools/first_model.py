@@ -29,14 +29,16 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from eval import score
 from machinery.devices import ARITHMETICS
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
 from machinery.run import Run
-from machinery.settings import read_settings
+from machinery.settings import as_begun, read_settings
 from machinery.tables import print_table
-from machinery.terminal import Parser, run_script
+from machinery.terminal import Parser, check_seed, run_script
 from tools.start import make_start
 from train import Config, run_stages
 
@@ -88,8 +90,6 @@ def download(folder: Path) -> Path:
 
 def convert(source: Path, target: Path) -> None:
     """GGUF holds rounded weights. They become float32, in a folder for transformers."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, dtype="float32"
     )
@@ -143,15 +143,6 @@ class FirstRun(Run):
             self.append("sampled.jsonl", "sampled", stage, id=question["id"], **answer)
         print(f"{stage}: EM of samples {scores['em']:.3f}")
         super().test(stage, {**(edges or {}), "em_sampled": scores["em"]})
-
-
-def begin_or_go_on(settings: Config) -> FirstRun:
-    """The run of these settings. One that goes on keeps its date."""
-    begun = Path(settings.out) / "config.json"
-    if not begun.exists():
-        return FirstRun(settings)
-    date = read_settings(begun, Config).date
-    return FirstRun(replace(settings, date=date), resume=True)
 
 
 # ---------------------------------------------------------------- 4. the result
@@ -221,8 +212,7 @@ def parse_flags():
         help="precision of matrix products",
     )
     flags = parser.parse_args()
-    if not 0 <= flags.seed < 2**32:
-        parser.error("--seed is at least 0 and below 2**32")
+    check_seed(parser, flags.seed)
     return flags
 
 
@@ -239,7 +229,8 @@ def main() -> None:
     if not (flags.out / "start").exists():
         model = flags.model or get_smollm2()
         teach_the_tags(model, settings, flags.out / "start")
-    run = begin_or_go_on(settings)
+    settings, resume = as_begun(settings)
+    run = FirstRun(settings, resume=resume)
     run_stages(run)
     print_gains(run.folder)
 

@@ -50,7 +50,7 @@ from machinery.json_lines import read_jsonl
 from machinery.models import load_model, save_model
 from machinery.passages import Passage
 from machinery.questions import load_questions
-from machinery.terminal import Parser, run_script
+from machinery.terminal import Parser, check_seed, run_script
 from machinery.text import chat_ids, decode, neutralise, whole_characters
 from ofsd import privileged_prompt
 from retriever import open_index
@@ -417,8 +417,7 @@ def parse_flags() -> argparse.Namespace:
         parser.error("--privileged is a part of --count")
     if not 0 < flags.lr < math.inf:  # nan is neither
         parser.error("--lr is a number above 0")
-    if not 0 <= flags.seed < 2**32:
-        parser.error("--seed is at least 0 and below 2**32")
+    check_seed(parser, flags.seed)
     if flags.prompt and "{question}" not in flags.prompt:
         parser.error("--prompt must hold {question}, where the question goes")
     return flags
