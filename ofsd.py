@@ -47,7 +47,6 @@ The same on one page, without chunks and micro-batches: lessons/plain.py.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -428,11 +427,27 @@ def token_divergences(model, pair: Pair) -> list[float | None]:
     The model as it is now is both teacher and student. A token of the environment has
     None.
     """
-    hidden = policy_hidden(model, [pair.student])  # (M, H)
+    student_hidden, teacher_hidden = read_by_both(model, pair)  # (M, H) each
+    return divergences_of(model, pair, student_hidden, teacher_hidden)
+
+
+@torch.no_grad()
+def read_by_both(model, pair: Pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of the student's trajectory behind the standard prompt, and behind
+    the privileged one: (M, H) each."""
+    student_hidden = policy_hidden(model, [pair.student])  # (M, H)
     teacher_hidden = policy_hidden(model, [pair.student], [pair.prompt])  # (M, H)
+    return student_hidden, teacher_hidden
+
+
+@torch.no_grad()
+def divergences_of(
+    model, pair: Pair, student_hidden: torch.Tensor, teacher_hidden: torch.Tensor
+) -> list[float | None]:
+    """token_divergences, from what read_by_both returns."""
     of_the_policy = []
-    for chunk in token_chunks(model, len(hidden)):
-        student_logits = to_logits(model, hidden[chunk])  # (n, V)
+    for chunk in token_chunks(model, len(student_hidden)):
+        student_logits = to_logits(model, student_hidden[chunk])  # (n, V)
         teacher_logits = to_logits(model, teacher_hidden[chunk])  # (n, V)
         of_the_policy += divergences(student_logits, teacher_logits).tolist()
 
@@ -442,29 +457,3 @@ def token_divergences(model, pair: Pair) -> list[float | None]:
         value = next(values) if sampled else None
         by_token.append(value)
     return by_token
-
-
-OBJECTION = 0.05  # nats
-
-
-@torch.no_grad()
-def objections(model, tokenizer, pair: Pair, values: list) -> Iterator:
-    """For the log: what the teacher would rather say, where D is above OBJECTION.
-
-    values: token_divergences of the pair. An objection is [place in the response, the
-    token that the student wrote, the teacher's three most likely ones, in order]. Each
-    token is [text, p_T, p_S].
-    """
-    hidden = policy_hidden(model, [pair.student])  # (M, H)
-    teacher_hidden = policy_hidden(model, [pair.student], [pair.prompt])  # (M, H)
-    places = [place for place, value in enumerate(values) if value is not None]
-    for row, place in enumerate(places):
-        if values[place] > OBJECTION:
-            p_s = to_logits(model, hidden[row]).softmax(-1)  # (V,)
-            p_t = to_logits(model, teacher_hidden[row]).softmax(-1)  # (V,)
-            ids = [pair.student.response_ids[place], *p_t.topk(3).indices.tolist()]
-            texts = [decode(tokenizer, [token]) for token in ids]
-            yield [
-                place,
-                *zip(texts, p_t[ids].tolist(), p_s[ids].tolist(), strict=True),
-            ]

@@ -14,7 +14,7 @@ policy with 10 (there without ofsd). An arm searches less where the interval of 
 difference in searches lies below 0. No arm is changed or run again afterwards.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CONVERGED = "runs/evidence/converged"  # what `experiments.evidence converge` saves
 
@@ -41,6 +41,8 @@ class Arm:
     falls: bool = True  # GRPO's learning rate, linearly to 0 over the budget
     clip: str = "none"
     tau: float = 0.05
+    references: str = "own"  # siblings; or an agent's: expert or foreign (foreign.py)
+    questions: str = "train"  # what the arm trains on, micro/NAME.jsonl
 
 
 # ------------------------------------------------------------------ from the base model
@@ -211,6 +213,53 @@ PLATEAU = {
     "grpo": PLATEAU_2["grpo"]["large-batch"],
     "search-e1": PLATEAU_1["search-e1"]["as-before"],
     "rft": PLATEAU_1["rft"]["as-before"],
+}
+
+# ------------------------------------------------------ references by an expert agent
+
+# With an agent's references each question has a pair. So these stages are smaller than
+# those above: a stage of OFSD with three students a question would spend the budget.
+# Seven trials for each, as there.
+AGENT_OFSD = {
+    "one": Arm("ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4),
+    "gentle": Arm("ofsd, grpo", ofsd_questions=40, ofsd_epochs=4),
+    "wide": Arm("ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=80, ofsd_epochs=2),
+    "three": Arm(
+        "ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=20, ofsd_epochs=3, students=3
+    ),
+    "later": Arm("grpo 2, ofsd, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=4),
+    "capped": Arm(
+        "ofsd, grpo",
+        ofsd_lr=1e-3,
+        ofsd_questions=40,
+        ofsd_epochs=4,
+        clip="position",
+        tau=0.5,
+    ),
+    "capped-gentle": Arm(
+        "ofsd, grpo", ofsd_questions=40, ofsd_epochs=4, clip="position", tau=0.5
+    ),
+}
+AGENT_RFT = {
+    "first": Arm("rft, grpo", ofsd_epochs=6),
+    "gentle": Arm("rft, grpo", ofsd_lr=3e-4, ofsd_epochs=4),
+    "wide": Arm("rft, grpo", ofsd_questions=160, ofsd_epochs=2),
+    "wide-fast": Arm("rft, grpo", ofsd_lr=1e-3, ofsd_questions=160, ofsd_epochs=2),
+    "later": Arm("grpo 2, rft, grpo", ofsd_epochs=4),
+    "first-40": Arm("rft, grpo", ofsd_lr=1e-3, ofsd_questions=40, ofsd_epochs=8),
+    "short": Arm("rft, grpo", ofsd_epochs=2),
+}
+
+
+def with_references(arms: dict[str, Arm], references: str) -> dict[str, Arm]:
+    return {name: replace(arm, references=references) for name, arm in arms.items()}
+
+
+AGENT_TRIALS = {
+    "search-e1-expert": with_references(AGENT_OFSD, "expert"),
+    "search-e1-foreign": with_references(AGENT_OFSD, "foreign"),
+    "rft-expert": with_references(AGENT_RFT, "expert"),
+    "rft-foreign": with_references(AGENT_RFT, "foreign"),
 }
 
 # --------------------------------------------------------- one stage, one thing changed

@@ -8,6 +8,7 @@
     python -m experiments.evidence plateau-2  # more trials, with larger pools
     python -m experiments.evidence plateau    # the arms from there
     python -m experiments.evidence ablations  # a stage of OFSD, changed in one thing
+    python -m experiments.evidence agent-1    # trials with an agent's references
     python -m experiments.tables              # tables and figures of what these leave
 
 Trials and ablations are tested on validation questions, and the arms on test questions:
@@ -28,6 +29,7 @@ from typing import NamedTuple
 from experiments.ablations import run_ablations
 from experiments.arms import (
     ABLATED,
+    AGENT_TRIALS,
     ARMS,
     BASE_1,
     BASE_2,
@@ -100,6 +102,7 @@ PARTS = {
     "plateau-2": trials("plateau-2", PLATEAU_2, seed=103),
     "plateau": comparison("plateau", PLATEAU, range(40, 50), split="test-2"),
     "ablations": ablations(range(200, 205)),
+    "agent-1": trials("agent-1", AGENT_TRIALS, seed=104),
 }
 
 

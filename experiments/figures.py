@@ -1,18 +1,23 @@
-"""The figure of the default run: EM and searches after each stage, by seed.
+"""The figures of the default run and of the first pretrained model, stage by stage.
 
-    python -m experiments.figures    # writes results/default/figure.png from seed*.log
+    python -m experiments.figures
 
-It needs matplotlib (requirements-extra.txt).
+It writes results/default/figure.png from the logs seed*.log (EM and searches), and
+results/first-model/figure.png from seed*/metrics.jsonl (EM by samples, and greedy). It
+needs matplotlib (requirements-extra.txt).
 """
 
 import json
 import re
 from pathlib import Path
 
+from machinery.json_lines import read_jsonl
 from machinery.terminal import run_script
 from tools.pictures import new_figure
 
-DEFAULT = Path(__file__).resolve().parent.parent / "results/default"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+DEFAULT = RESULTS / "default"
+FIRST_MODEL = RESULTS / "first-model"
 
 
 def final_table(log: Path) -> dict[str, list[float]]:
@@ -40,31 +45,63 @@ def final_tables() -> dict[str, dict[str, list[float]]]:
     return {log.stem: final_table(log) for log in sorted(DEFAULT.glob("seed*.log"))}
 
 
-def draw(tables: dict[str, dict[str, list[float]]]) -> None:
+def first_models() -> dict[str, dict[str, list[float]]]:
+    """{seed: {stage: [EM by samples, greedy EM]}} of tools/first_model.py's runs."""
+    seeds = {}
+    for path in sorted(FIRST_MODEL.glob("seed*/metrics.jsonl")):
+        stages = {}
+        for row in read_jsonl(path):
+            if row["kind"] == "eval":
+                stages[row["stage"]] = [row["em_sampled"], row["em"]]
+        seeds[path.parent.name] = stages
+    return seeds
+
+
+def draw(
+    tables: dict[str, dict[str, list[float]]],
+    left_title: str,
+    right_title: str,
+    right_top: float,
+    target: Path,
+) -> None:
+    """Two panels with a line for each seed. tables: two numbers a stage, by seed."""
     with new_figure(8, 3, spines=False) as figure:
         left, right = figure.subplots(1, 2)
         for seed, stages in tables.items():
             label = seed.replace("seed", "seed ")
             names = list(stages)
-            ems = [em for em, _ in stages.values()]
-            searches = [count for _, count in stages.values()]
-            left.plot(names, ems, marker="o", label=label)
-            right.plot(names, searches, marker="o", label=label)
-        left.set_title("exact match on test questions")
+            lefts = [number for number, _ in stages.values()]
+            rights = [number for _, number in stages.values()]
+            left.plot(names, lefts, marker="o", label=label)
+            right.plot(names, rights, marker="o", label=label)
+        left.set_title(left_title)
         left.set_ylim(0, 1)
         left.legend(loc="lower right")
-        right.set_title("searches a question")
-        right.set_ylim(0, 4)
+        right.set_title(right_title)
+        right.set_ylim(0, right_top)
         for axes in (left, right):
             axes.grid(axis="y", alpha=0.3)
 
         # A test reads what was drawn, and compares it with the logs.
         drawn = {"Description": json.dumps(tables)}
-        figure.savefig(DEFAULT / "figure.png", dpi=120, metadata=drawn)
+        figure.savefig(target, dpi=120, metadata=drawn)
 
 
 def main() -> None:
-    draw(final_tables())
+    draw(
+        final_tables(),
+        "exact match on test questions",
+        "searches a question",
+        4,
+        DEFAULT / "figure.png",
+    )
+    draw(
+        first_models(),
+        "exact match of samples",
+        "exact match, greedy",
+        1,
+        FIRST_MODEL / "figure.png",
+    )
 
 
 if __name__ == "__main__":

@@ -2,31 +2,23 @@
 
     python -m experiments.pictures runs/NAME    # writes grpo.png and ofsd.png there
 
-grpo.png: a group sampled again by the model that the run began with, its rewards, their
-mean, the advantages, and what one update on this group makes likelier. ofsd.png: a pair
-of the run's log, with the two prompts, and the divergence at each token of the
-student's text. It needs matplotlib (requirements-extra.txt).
+Both show what the run has logged in trajectories.jsonl. grpo.png: a group, its rewards,
+their mean, the advantages, and what the update made likelier. ofsd.png: a pair with the
+two prompts, and the divergence at each token of the student's text. They need
+matplotlib (requirements-extra.txt).
 """
 
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean, pstdev
-from tempfile import TemporaryDirectory
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
 
-from grpo import group_advantages, grpo_step
-from lessons.common import World
-from lessons.grpo import log_probabilities
+from grpo import group_advantages
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
-from machinery.run import Run
-from machinery.settings import read_settings
 from machinery.terminal import Parser, printable, run_script
-from rollout import Trajectory
 from tools.pictures import load_matplotlib, new_figure, save_small
-from train import Config, float_rewards, new_optimizer
 
 # Who does not tell red from green still tells these two. A sign says the same again.
 UP = "#0072B2"  # blue
@@ -47,88 +39,63 @@ MOST_LINES = 24  # of a text
 # --------------------------------------------------------------------------- GRPO
 
 
-class Update(NamedTuple):
-    """A group, and what one update on it did."""
-
-    question: dict
-    trajectories: list[Trajectory]
-    rewards: list[float]
-    advantages: list[float]
-    moves: list[float]  # of log pi, by the update
+def group_of(folder: Path) -> dict:
+    """The first logged group that has two different rewards."""
+    for row in read_jsonl(folder / "trajectories.jsonl"):
+        if row["kind"] == "group" and len(set(row["rewards"])) > 1:
+            return row
+    raise BadInput(f"{folder} has logged no group with two different rewards")
 
 
-def update_of(settings: Config) -> Update:
-    """Sample the questions of one step, and make an update on one of their groups."""
-    with TemporaryDirectory() as folder:
-        run = Run(replace(settings, out=f"{folder}/run"))
-        questions = run.next_questions(settings.questions_per_step)
-        trajectories = run.sample(questions, group_size=settings.group_size)
-        world = World(run.model, run.tokenizer, run.retriever)
-    rewards = float_rewards(questions, trajectories)
-    number = most_varied(rewards, settings.group_size)
-    here = slice(number * settings.group_size, (number + 1) * settings.group_size)
-    group = trajectories[here]
-    group_rewards = torch.tensor([rewards[here]])  # (1, G)
-
-    before = log_probabilities(world, group)
-    optimizer = new_optimizer(world.model, settings.grpo_lr)
-    grpo_step(world.model, optimizer, group, group_rewards)
-    after = log_probabilities(world, group)
-
-    advantages = group_advantages(group_rewards)[0].tolist()
-    moves = [new - old for new, old in zip(after, before, strict=True)]
-    return Update(questions[number], group, rewards[here], advantages, moves)
+def move_of(attempt: dict) -> float:
+    """How much the update changed log pi of a trajectory, the sum over its tokens."""
+    move = 0.0
+    for _, *logprobs in attempt["tokens"]:
+        if logprobs:  # the policy's own token
+            before, after = logprobs
+            move += after - before
+    return move
 
 
-def most_varied(rewards: list[float], size: int) -> int:
-    """The number of the group of this size whose rewards differ most, the first one.
-
-    >>> most_varied([1, 1, 1, 0, 0, 1, 1, 0, 0], size=3)
-    1
-    """
-    starts = range(0, len(rewards), size)
-    deviations = [pstdev(rewards[start : start + size]) for start in starts]
-    largest = max(deviations)
-    if largest == 0:
-        raise BadInput("no group of the step has two different rewards: try --seed")
-    return deviations.index(largest)
-
-
-def draw_grpo(update: Update, path: Path) -> None:
+def draw_grpo(group: dict, path: Path) -> None:
     """A row for each trajectory: what it did, reward, advantage, change of log pi."""
+    attempts = group["trajectories"]
+    rewards_of_group = torch.tensor([group["rewards"]])  # (1, G)
+    advantages_of_group = group_advantages(rewards_of_group)[0].tolist()
+    moves_of_group = [move_of(attempt) for attempt in attempts]
     with new_figure(WIDTH, 7.2, spines=False) as figure:
         panels = figure.subplots(1, 4, sharey=True, width_ratios=[4.2, 2, 2.6, 2.6])
         texts, rewards, advantages, moves = panels
-        golden = " / ".join(update.question["golden_answers"])
-        title = f"{update.question['question']}  (answer: {golden})"
+        golden = " / ".join(group["golden_answers"])
+        title = f"{attempts[0]['question']}  (answer: {golden})"
         figure.suptitle(clipped(title, 100), fontsize=16, fontweight="bold")
 
         texts.set_title("1. a group is sampled", fontsize=15, loc="left")
         texts.set_axis_off()
         texts.set_xlim(0, 1)
-        for place, trajectory in enumerate(update.trajectories):
-            text = "\n".join(lines_of(trajectory))
+        for place, attempt in enumerate(attempts):
+            text = "\n".join(lines_of(attempt))
             texts.text(0, place, text, fontsize=13, va="center", linespacing=1.35)
 
-        middle = mean(update.rewards)
+        middle = mean(group["rewards"])
         rewards.set_title("2. reward", fontsize=15)
-        draw_bars(rewards, update.rewards, "g", PALE, PALE)
+        draw_bars(rewards, group["rewards"], "g", PALE, PALE)
         rewards.axvline(middle, color="black", linestyle="--", linewidth=2)
         rewards.set_xlabel(f"dashed: mean {middle:.2g}", fontsize=13)
 
         advantages.set_title("3. advantage", fontsize=15)
-        draw_bars(advantages, update.advantages, "+.3f", UP, DOWN)
+        draw_bars(advantages, advantages_of_group, "+.3f", UP, DOWN)
         advantages.set_xlabel("(reward - mean) / deviation", fontsize=13)
 
-        moves.set_title("4. after one update", fontsize=15)
-        draw_bars(moves, update.moves, "+.2f", UP, DOWN)
+        moves.set_title("4. after the update", fontsize=15)
+        draw_bars(moves, moves_of_group, "+.2f", UP, DOWN)
         moves.set_xlabel("change of log π\n▲ likelier   ▼ less likely", fontsize=13)
-        for place, move in enumerate(update.moves):
+        for place, move in enumerate(moves_of_group):
             sign = "▲" if move > 0 else "▼"
             colour = UP if move > 0 else DOWN
             at_the_edge = moves.get_yaxis_transform()  # x from 0 to 1, y a row
             moves.text(1.02, place, sign, color=colour, transform=at_the_edge)
-        texts.set_ylim(len(update.rewards) - 0.5, -0.5)  # the first one on top
+        texts.set_ylim(len(attempts) - 0.5, -0.5)  # the first one on top
         save_small(figure, path)
 
 
@@ -148,12 +115,13 @@ def draw_bars(axes, values: list[float], form: str, up: str, down: str) -> None:
     axes.spines[["left", "bottom"]].set_visible(False)
 
 
-def lines_of(trajectory: Trajectory) -> list[str]:
+def lines_of(attempt: dict) -> list[str]:
     """What a trajectory did: its queries, of which at most three, and its answer."""
-    lines = [f"search: {clipped(query, 38)}" for query in trajectory.queries[:3]]
-    if len(trajectory.queries) > 3:
-        lines[-1] += f"  (+ {len(trajectory.queries) - 3})"
-    answer = "none" if trajectory.answer is None else clipped(trajectory.answer, 38)
+    queries = attempt["queries"]
+    lines = [f"search: {clipped(query, 38)}" for query in queries[:3]]
+    if len(queries) > 3:
+        lines[-1] += f"  (+ {len(queries) - 3})"
+    answer = "none" if attempt["answer"] is None else clipped(attempt["answer"], 38)
     return [*lines, f"answer: {answer}"]
 
 
@@ -218,7 +186,7 @@ def tokens_of_reference(pair: dict) -> list[Token]:
     """The reference word by word, since its tokens are not in the log."""
     tokens = []
     for who, text in pair["reference"]["text"]:
-        written = who in (1, "sampled")
+        written = who == 1
         for number, line in enumerate(text.split("\n")):
             if number > 0:
                 tokens.append(Token("\n", written))
@@ -355,9 +323,8 @@ def main() -> None:
     parser = Parser(description="grpo.png and ofsd.png of a run, to project.")
     parser.add_argument("run", type=Path, help="the folder of a run")
     args = parser.parse_args()
-    load_matplotlib()  # if it is missing, say so before anything is sampled
-    settings = read_settings(args.run / "config.json", Config)
-    draw_grpo(update_of(settings), args.run / "grpo.png")
+    load_matplotlib()  # if it is missing, say so at once
+    draw_grpo(group_of(args.run), args.run / "grpo.png")
     print(f"{args.run / 'grpo.png'}")
     draw_ofsd(pair_of(args.run), args.run / "ofsd.png")
     print(f"{args.run / 'ofsd.png'}")

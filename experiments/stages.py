@@ -13,6 +13,9 @@ backward pass together count 3.
     fine-tuning (rft)  the pool is sampling; then 3 a token of the standard prompt and
                        the reference, each time it is seen
 
+A reference that an agent has written (foreign.py) costs nothing here. "price" in the
+line of kind "mining" is what sampling it would cost, prompt included.
+
 Tests and statistics cost nothing, in any arm: the KL by kind of token, and the edge
 with another question's reference. Both learning rates fall linearly, GRPO's over the
 budget, and that of an offline stage over the stage.
@@ -30,6 +33,16 @@ import torch
 
 from eval import exact_match, score, supported
 from experiments.arms import Arm
+from experiments.foreign import (
+    SAMPLES,
+    SHOWN,
+    demonstrate,
+    em_by_half,
+    form_of,
+    from_demonstrations,
+    right_share,
+    with_demonstrations,
+)
 from grpo import grpo_step, policy_hidden, to_logits
 from machinery.json_lines import read_jsonl, write_jsonl
 from machinery.metrics import batch_stats
@@ -50,6 +63,7 @@ from train import (
 RUNS = Path("runs/evidence")
 RESULTS = Path("results/evidence")
 TESTS = 6  # of GRPO within a budget
+FORM_SPLITS = ("test-3", "retention")  # where an arm's form is looked at, too
 
 # ---------------------------------------------------------------- a run that is counted
 
@@ -66,7 +80,7 @@ class CountedRun(Run):
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
         settings = Config(
             model=arm.model,
-            questions="micro/train.jsonl",
+            questions=f"micro/{arm.questions}.jsonl",
             eval_questions=f"micro/evidence-{split}.jsonl",
             out=str(folder),
             seed=seed,
@@ -83,6 +97,8 @@ class CountedRun(Run):
         super().__init__(settings)
         self.arm = arm
         self.name = name
+        self.split = split
+        self.start = frozen_copy(self.model)
         self.cost = 0
         self.next_test = arm.budget / TESTS
         self.tested_at = -1  # the cost of the last test
@@ -144,7 +160,22 @@ class CountedRun(Run):
             if trajectory.answer is not None and not supported(trajectory):
                 leaks += 1
         metrics["leak"] = leaks / len(trajectories)
+        if self.split == "retention":
+            metrics["em_by_half"] = em_by_half(self.test_set, trajectories)
         return metrics
+
+    def look_at_form(self, stage: str) -> None:
+        """Log what samples say about the policy. This leaves no trace, either."""
+        began = time.time()
+        cost = self.cost
+        random_state = self.rng.getstate()
+        questions = self.test_set[:SHOWN]
+        trajectories = self.sample(questions, group_size=SAMPLES)
+        self.cost = cost
+        self.rng.setstate(random_state)
+        form = form_of(self.model, self.start, self.tokenizer, questions, trajectories)
+        self.idle_s += time.time() - began
+        self.log("form", stage, **form._asdict())
 
     def finish(self) -> None:
         """Keep the result. The single steps stay in the run's folder alone."""
@@ -202,7 +233,11 @@ def run_arm(name: str, arm: Arm, seed: int, split: str) -> CountedRun:
             grpo(run, stage, max_steps=int(steps))
         else:
             grpo(run, stage)
+        if kind != "grpo" and split in FORM_SPLITS:
+            run.look_at_form(stage)
     run.measure(stage)
+    if split in FORM_SPLITS:
+        run.look_at_form(stage)
     run.finish()
     return run
 
@@ -269,14 +304,33 @@ def ofsd(run: CountedRun, stage: str) -> None:
     """One stage of OFSD: pool, pairs, the teacher's edge, training."""
     run.measure(f"before {stage}")
     questions, pool = sample_pool(run)
-    pairs, counts = mine(run, questions, pool)
+    price = 0  # of an agent's references
+    if run.arm.references == "own":
+        pairs, counts = mine(run, questions, pool)
+    else:
+        demonstrations = demonstrations_for(run, questions)
+        price = token_count(demonstrations)
+        groups = groups_of(pool, run.config.group_size)
+        widened = with_demonstrations(groups, demonstrations)
+        mined, counts = mine(run, questions, widened)
+        pairs = from_demonstrations(mined, demonstrations)
+        counts["own_reference"] = len(mined) - len(pairs)  # which are dropped
+        counts["pairs"] = len(pairs)
     if not pairs:
-        run.log("mining", stage, **counts, skipped=True)
+        run.log("mining", stage, **counts, price=price, skipped=True)
         return
     shown = first_pairs(pairs)
     edge = teacher_edge(run, shown)
     skipped = edge["edge_supported"] <= 0
-    run.log("mining", stage, **counts, **edge, skipped=skipped)
+    run.log(
+        "mining",
+        stage,
+        **counts,
+        **edge,
+        right_share=right_share(pairs),
+        price=price,
+        skipped=skipped,
+    )
     if skipped:
         return
 
@@ -292,12 +346,33 @@ def ofsd(run: CountedRun, stage: str) -> None:
 def rft(run: CountedRun, stage: str) -> None:
     """One stage of fine-tuning in its place: pool, references, training."""
     run.measure(f"before {stage}")
-    questions, pool = sample_pool(run)
-    references = references_of(run, questions, pool)
-    run.log("mining", stage, pairs=len(references))
+    price = 0  # of an agent's references
+    if run.arm.references == "own":
+        questions, pool = sample_pool(run)
+        references = references_of(run, questions, pool)
+    else:
+        questions = run.rng.sample(run.train_set, run.config.ofsd_questions)
+        references = demonstrations_for(run, questions)
+        price = token_count(references)
+    run.log("mining", stage, pairs=len(references), price=price)
     log_pool(run, stage)
     imitate(run, stage, references)
     run.measure(stage)
+
+
+def demonstrations_for(run: CountedRun, questions: list[dict]) -> list[Trajectory]:
+    """The agent's trajectory for each question."""
+    demonstrations = []
+    for question in questions:
+        demonstration = demonstrate(
+            run.tokenizer,
+            run.retriever,
+            question,
+            run.config.k,
+            foreign=run.arm.references == "foreign",
+        )
+        demonstrations.append(demonstration)
+    return demonstrations
 
 
 def mine(

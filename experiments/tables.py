@@ -12,6 +12,7 @@ The parts of SECTIONS have tables of their own. Every further folder with runs i
 results/evidence/ is a part of yours, and its arms are compared, too.
 """
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -153,11 +154,31 @@ def table(header: list[str], lines: list[list]) -> str:
 
 
 def comparison(part: str) -> str:
-    """The arms of a part, and their differences to GRPO alone, by seed.
+    """The arms of a part, and their differences to GRPO alone, by seed."""
+    return compare(read_part(part))
 
-    A part without an arm of the name grpo is compared with its first one.
-    """
-    runs = read_part(part)
+
+def priced_comparison(part: str) -> str:
+    """The same, where writing foreign references costs what sampling them costs."""
+    runs = {}
+    for arm, seeds in read_part(part).items():
+        runs[arm] = {seed: with_price(run) for seed, run in seeds.items()}
+    return compare(runs)
+
+
+def with_price(run: Run) -> Run:
+    """The run, in which all that follows its foreign references costs their price."""
+    price = 0
+    rows = []
+    for row in run:
+        if row["kind"] == "mining":
+            price += row.get("price", 0)
+        rows.append({**row, "cost": row["cost"] + price})
+    return rows
+
+
+def compare(runs: dict[str, dict[int, Run]]) -> str:
+    """Arms without one of the name grpo are compared with the first one."""
     baseline = "grpo" if "grpo" in runs else min(runs)
     header = ["arm", "seeds"]
     for name in ("area", "final EM", "searches"):
@@ -208,6 +229,135 @@ def against_rft(search_e1: dict[int, Run], rft: dict[int, Run]) -> str:
         gains = differences(search_e1, rft, measure)
         text += f"\n\nsearch-e1 to rft, {name}: {plus_minus(gains, '+')}"
     return text
+
+
+# What is asked of references by an agent (the plan: arms.py). A question of the second
+# kind is about the change of EM on relations that were not trained.
+AGENT_QUESTIONS = (
+    ("search-e1-expert", "grpo"),
+    ("rft-expert", "grpo"),
+    ("search-e1-expert", "rft-expert"),
+    ("search-e1-foreign", "grpo"),
+    ("rft-foreign", "grpo"),
+    ("search-e1-foreign", "rft-foreign"),
+    ("search-e1-foreign", "search-e1-expert"),
+    ("rft-foreign", "rft-expert"),
+)
+RETENTION_QUESTIONS = (("search-e1", "rft"), ("search-e1-foreign", "rft-foreign"))
+OFFLINE_STAGE = re.compile(r"(ofsd|rft)-\d+")
+NEAR_ZERO = 0.03  # a difference whose interval lies within it is a no
+
+
+def verdict_of_area(areas: list[float], finals: list[float]) -> str:
+    """By the plan: yes, no or open."""
+    centre, half = interval(areas)
+    final_centre, final_half = interval(finals)
+    if centre - half > 0 and final_centre + final_half >= 0:
+        return "yes"
+    return "no" if is_no(centre, half) else "open"
+
+
+def verdict_of_change(differences: list[float]) -> str:
+    """The same of a single number."""
+    centre, half = interval(differences)
+    if centre - half > 0:
+        return "yes"
+    return "no" if is_no(centre, half) else "open"
+
+
+def is_no(centre: float, half: float) -> bool:
+    low = centre - half
+    high = centre + half
+    return high < 0 or (low > -NEAR_ZERO and high < NEAR_ZERO)
+
+
+def agent_verdicts(part: str) -> str:
+    """Each question of the plan whose arms have run: the verdict, and why."""
+    runs = read_part(part)
+    lines = []
+    for ours, theirs in AGENT_QUESTIONS:
+        if ours not in runs or theirs not in runs:
+            continue
+        areas = differences(runs[ours], runs[theirs], area)
+        finals = differences(runs[ours], runs[theirs], final_em)
+        cells = [f"{ours} to {theirs}", plus_minus(areas, "+"), plus_minus(finals, "+")]
+        lines.append([*cells, verdict_of_area(areas, finals)])
+    return table(["question", "area", "final EM", "verdict"], lines)
+
+
+def forms(part: str) -> str:
+    """What samples say about each arm's policy: after its offline stage, and at the
+    end. right: the share of the students' tokens after a right prefix."""
+    header = ["arm", "when", "EM sampled", "best of 5", "answered", "own thoughts"]
+    header += ["foreign queries", "KL to the start", "right", "final EM's deviation"]
+    names = ["em_sampled", "em_best", "answered", "own_thoughts", "foreign_queries"]
+    names.append("kl_to_start")
+    lines = []
+    for arm, seeds in read_part(part).items():
+        moments = {"end": -1}
+        if arm != "grpo":
+            moments = {"after the stage": 0, "end": -1}
+        for when, place in moments.items():
+            rows = [rows_of_kind(run, "form")[place] for run in seeds.values()]
+            cells = [arm, when]
+            cells += [plus_minus([row[name] for row in rows]) for name in names]
+            minings = [
+                row for run in seeds.values() for row in rows_of_kind(run, "mining")
+            ]
+            shares = [row["right_share"] for row in minings if "right_share" in row]
+            cells.append(f"{mean(shares):.3f}" if shares else "")
+            finals = [final_em(run) for run in seeds.values()]
+            cells.append(f"{stdev(finals):.3f}" if len(finals) > 1 else "")
+            lines.append(cells)
+    return table(header, lines)
+
+
+def retention(part: str) -> str:
+    """EM on the trained relations and on the others: how much it changed since the
+    start, after the offline stage and at the end."""
+    header = ["arm", "half", "start", "after the stage", "end"]
+    runs = read_part(part)
+    lines = []
+    for arm, seeds in runs.items():
+        for half in ("trained", "others"):
+            starts = [half_em(run, half, "base") for run in seeds.values()]
+            cells = [arm, half, f"{mean(starts):.3f}"]
+            for when in ("stage", "end"):
+                changes = [half_change(run, half, when) for run in seeds.values()]
+                has_stage = when == "end" or arm != "grpo"
+                cells.append(plus_minus(changes, "+") if has_stage else "")
+            lines.append(cells)
+    text = table(header, lines)
+    for ours, theirs in RETENTION_QUESTIONS:
+        if ours not in runs or theirs not in runs:
+            continue
+        for when in ("stage", "end"):
+            changes = []
+            for seed in sorted(runs[ours].keys() & runs[theirs].keys()):
+                our_change = half_change(runs[ours][seed], "others", when)
+                their_change = half_change(runs[theirs][seed], "others", when)
+                changes.append(our_change - their_change)
+            verdict = verdict_of_change(changes)
+            text += f"\n\n{ours} to {theirs}, change on the others, {when}: "
+            text += f"{plus_minus(changes, '+')}: {verdict}"
+    return text
+
+
+def half_em(run: Run, half: str, when: str) -> float:
+    """EM on one half of the relations: at the base, after the stage, or at the end."""
+    tests = rows_of_kind(run, "eval")
+    if when == "base":
+        test = tests[0]
+    elif when == "end":
+        test = tests[-1]
+    else:
+        offline = [test for test in tests if OFFLINE_STAGE.fullmatch(test["stage"])]
+        test = offline[-1] if offline else tests[0]  # a skipped stage changes nothing
+    return test["em_by_half"][half]
+
+
+def half_change(run: Run, half: str, when: str) -> float:
+    return half_em(run, half, when) - half_em(run, half, "base")
 
 
 def trials(part: str) -> str:
@@ -396,6 +546,35 @@ def draw(part: str, title: str) -> None:
         figure.savefig(RESULTS / f"evidence-{part}.png", dpi=110)
 
 
+def draw_retention(part: str) -> None:
+    """Each arm's way from the start, after its offline stage, to the end: EM on the
+    others against EM on the trained relations."""
+    with new_figure(7, 5) as figure:
+        axes = figure.subplots()
+        for arm, seeds in read_part(part).items():
+            runs = list(seeds.values())
+            moments = ("base", "end") if arm == "grpo" else ("base", "stage", "end")
+            places = []
+            for when in moments:
+                trained = mean(half_em(run, "trained", when) for run in runs)
+                others = mean(half_em(run, "others", when) for run in runs)
+                places.append((trained, others))
+            xs, ys = zip(*places, strict=True)
+            (line,) = axes.plot(xs, ys, marker="o", label=f"{arm} ({len(runs)} seeds)")
+            _, x_half = interval([half_em(run, "trained", "end") for run in runs])
+            _, y_half = interval([half_em(run, "others", "end") for run in runs])
+            axes.errorbar(
+                xs[-1], ys[-1], xerr=x_half, yerr=y_half, color=line.get_color()
+            )
+        axes.plot(xs[0], ys[0], marker="s", color="black", label="start")
+        axes.set_title("From the start, after the offline stage, to the end")
+        axes.set_xlabel("EM on questions of the trained relations")
+        axes.set_ylabel("EM on questions of the others")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(RESULTS / f"evidence-{part}.png", dpi=110)
+
+
 # --------------------------------------------------------------------------------- main
 
 SECTIONS = [  # a title, the part that it reads, and what makes the table
@@ -426,6 +605,17 @@ SECTIONS = [  # a title, the part that it reads, and what makes the table
     ("Stages of OFSD in search-e1, from the base", "loop", ofsd_stages),
     ("Stages of OFSD in search-e1, from the converged policy", "plateau", ofsd_stages),
     ("One stage, one thing changed, validation questions", "ablations", ablations),
+    (
+        "Trials with an agent's references, one seed, validation questions",
+        "trials/agent-1",
+        trials,
+    ),
+    ("References by an agent", "agent", comparison),
+    ("The same, with the price of writing them", "agent", priced_comparison),
+    ("References by an agent: verdicts", "agent", agent_verdicts),
+    ("The form of the policies, references by an agent", "agent", forms),
+    ("Half of the relations trained: what it does to both", "retention", retention),
+    ("The form of the policies, half of the relations trained", "retention", forms),
 ]
 
 
@@ -458,6 +648,10 @@ def main() -> None:
     print(text)
     draw("loop", "From the base model")
     draw("plateau", "From a policy that GRPO improves no more")
+    if read_part("agent"):
+        draw("agent", "With references of its own, and by an agent")
+    if read_part("retention"):
+        draw_retention("retention")
 
 
 if __name__ == "__main__":

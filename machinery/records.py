@@ -1,14 +1,20 @@
-"""What a run keeps of GRPO to be looked at: a group, before and after an update.
+"""What a run keeps to be looked at, token by token.
 
-tools/trace.py shows it. Nothing here changes what a run learns: no gradient is taken,
+Of GRPO: how an update moved a trajectory. Of OFSD: what the teacher would rather say.
+tools/trace.py shows both. Nothing here changes what a run learns: no gradient is taken,
 and no random number is drawn.
 """
 
+from typing import NamedTuple
+
 import torch
 
-from grpo import policy_hidden, policy_logprobs
+from grpo import policy_hidden, policy_logprobs, to_logits
 from machinery.text import decode
+from ofsd import Pair, divergences_of, read_by_both
 from rollout import Trajectory
+
+OBJECTION = 0.05  # nats
 
 
 def first_varied(rewards: list[list[float]]) -> int:
@@ -38,3 +44,36 @@ def token_moves(model, tokenizer, trajectory: Trajectory) -> list[list]:
             move += [round(trajectory.logprobs[place], 4), round(next(now), 4)]
         moves.append(move)
     return moves
+
+
+class Reading(NamedTuple):
+    """What the teacher says about the student's trajectory of a pair."""
+
+    divergences: list[float | None]  # token_divergences
+    objections: list[list]
+
+
+@torch.no_grad()
+def reading_of(model, tokenizer, pair: Pair) -> Reading:
+    """Divergences, and what the teacher would rather say where D is above OBJECTION.
+
+    An objection is [place in the response, the token that the student wrote, the
+    teacher's three most likely ones, in order]. Each token is [text, p_T, p_S].
+    """
+    student_hidden, teacher_hidden = read_by_both(model, pair)  # (M, H) each
+    values = divergences_of(model, pair, student_hidden, teacher_hidden)
+    sampled = [place for place, value in enumerate(values) if value is not None]
+    objections = []
+    for row, place in enumerate(sampled):
+        if values[place] <= OBJECTION:
+            continue
+        p_s = to_logits(model, student_hidden[row]).softmax(-1)  # (V,)
+        p_t = to_logits(model, teacher_hidden[row]).softmax(-1)  # (V,)
+        written = pair.student.response_ids[place]
+        preferred = p_t.topk(3).indices.tolist()
+        objection = [place]
+        for token in [written, *preferred]:
+            text = decode(tokenizer, [token])
+            objection.append([text, p_t[token].item(), p_s[token].item()])
+        objections.append(objection)
+    return Reading(values, objections)

@@ -38,11 +38,11 @@ from machinery.models import (
 from machinery.passages import Passage
 from machinery.questions import load_questions, load_training_questions
 from machinery.ranks import gather, rank, rank_count
-from machinery.records import first_varied, token_moves
+from machinery.records import first_varied, reading_of, token_moves
 from machinery.remote import RemoteRetriever
-from machinery.tables import report
+from machinery.tables import print_stages, report
 from machinery.text import chat_ids, decode, whole_characters
-from ofsd import Pair, objections, privileged_prompt, token_divergences
+from ofsd import Pair, privileged_prompt, token_divergences
 from retriever import open_index
 from rollout import Trajectory, rollout, spans, standard_prompt
 
@@ -300,12 +300,11 @@ class Run:
         also with the control's divergences: has another reference the same effect?"""
         for number, pair in enumerate(pairs):
             divergence = []
-            preferences = []
+            objections = []
             if number < SHOWN_PAIRS:
-                values = token_divergences(self.model, pair)
+                values, objections = reading_of(self.model, self.tokenizer, pair)
                 for token, value in zip(pair.student.response_ids, values, strict=True):
                     divergence.append([decode(self.tokenizer, [token]), value])
-                preferences += objections(self.model, self.tokenizer, pair, values)
             reference = self.as_json(pair.question, pair.reference)
             reference["reward"] = pair.reference_reward
             student = self.as_json(pair.question, pair.student)
@@ -319,7 +318,7 @@ class Run:
                 student=student,
                 rewards=pair.rewards,
                 divergence=divergence,
-                objections=preferences,
+                objections=objections,
                 control=self.control(pairs) if number == 0 else None,
             )
 
@@ -340,11 +339,15 @@ class Run:
     # ------------------------------------------------------- checkpoints, and going on
 
     def begin_stage(self, stage: str, **objects) -> int:
-        """Note the objects of a stage: what has a state to save, as optimizers have.
+        """Show the tests so far, and note the objects of a stage: what has a state to
+        save, as optimizers have.
 
         Where the run was stopped in this stage, they and the policy get back what was
         saved. Returns how many steps of the stage are done.
         """
+        if len(self.evaluations) > 1:
+            print()
+            print_stages(self.evaluations)
         self.stage_objects = objects
         saved = self.saved
         self.saved = {}
@@ -465,14 +468,17 @@ class Run:
 
     @contextlib.contextmanager
     def saying_how_to_go_on(self):
-        """A context: what stops the run (no server, no room, Ctrl-C) names --resume."""
+        """A context: what stops the run (no server, no room, Ctrl-C) says it."""
         try:
             yield
         except (BadInput, OSError, KeyboardInterrupt) as error:
             error.add_note(
-                f"train.py --resume {self.folder} goes on from the last checkpoint"
+                f"{self.command_to_go_on()} goes on from the last checkpoint"
             )
             raise
+
+    def command_to_go_on(self) -> str:
+        return f"train.py --resume {self.folder}"
 
 
 def read_checkpoint(path: Path) -> dict:

@@ -93,10 +93,10 @@ def print_results(results: dict[str, dict]) -> None:
     print_table(rows)
 
 
-def report(folder: Path, evaluations: list[dict]) -> None:
-    """What a training run prints at its end: a table, and a question before and after.
+def print_stages(evaluations: list[dict]) -> None:
+    """A row for each test of a training run, in order.
 
-    folder: the run's. evaluations: its lines "kind": "eval" of metrics.jsonl, in order.
+    evaluations: the lines "kind": "eval" of its metrics.jsonl.
     """
     rows = []
     for evaluation in evaluations:
@@ -114,10 +114,18 @@ def report(folder: Path, evaluations: list[dict]) -> None:
         row["control"] = signed(evaluation.get("edge_control"))
         row["minutes"] = f"{evaluation['time_s'] / 60:.1f}"
         rows.append(row)
+    print_table(rows)
+
+
+def report(folder: Path, evaluations: list[dict]) -> None:
+    """What a training run prints at its end: a table, and a question before and after.
+
+    folder: the run's. evaluations: as print_stages takes them.
+    """
     n = evaluations[0]["n"]
     print(f"\n{n} test questions. edge: the teacher's EM minus the student's;")
     print("supported: in supported answers; control: with another question's reference")
-    print_table(rows)
+    print_stages(evaluations)
 
     before, after = most_improved(folder, n)
     print_answer("before", before)

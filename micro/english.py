@@ -5,11 +5,12 @@
 The names and facts are those of micro/make.py's kind of world: all invented, so no
 model can know them. A passage states one fact, as in
 
-    The mayor of Stupum Falls is Mekik Miller.
+    The ruler of Stupum Falls is Mekik Miller.
 
-and a search shows one passage. A question never uses the passages' noun: it asks for
-"the person who governs Stupum Falls". The query "mayor of Stupum Falls" finds the
-passage. "ruler of Stupum Falls" means the same, and finds any passage about the town.
+and a search shows one passage. For two of four relations a question has another noun
+than the passages: it asks for the mayor of Stupum Falls. The query
+"ruler of Stupum Falls" finds the passage. "mayor of Stupum Falls" means the same, and
+finds just any passage about the town.
 
 The model gets its start from demonstrations by a clumsy agent (tools/start.py). So it
 has three things to learn, and a question of one to three hops needs all of them:
@@ -51,6 +52,12 @@ NOUNS = {
 PASSAGES_NOUN = 0.6  # else it searches with the question's noun
 STOPS_EARLY = 0.15  # after each hop but the last
 CHECKS = 0.55  # after the last hop
+# On a good day it makes no mistake. tools/first_model.py puts 47 of its 112
+# demonstrations, .42 of them, under the privileged prompt, and those must be right.
+# Good days bring as many right ones. Without them the privileged prompt took nearly all
+# that were right. Then the start, which saw none under the standard prompt, always
+# searched a hop too far.
+GOOD_DAY = 0.42
 
 
 class QuestionSet(NamedTuple):
@@ -59,8 +66,8 @@ class QuestionSet(NamedTuple):
 
 
 # A fifth of a set's questions have one hop, two fifths two, and two fifths three. With
-# more of one hop, GRPO learned to stop after it. A set repeats no question of those
-# above it.
+# more of one hop, GRPO learned to stop after it. A set repeats no question of an
+# earlier set. A start draws some of the demonstrations, others with another seed.
 SHARES = {1: 1 / 5, 2: 2 / 5, 3: 2 / 5}
 SETS = {
     "demonstrations": QuestionSet(240, 0),
@@ -88,7 +95,7 @@ class EnglishWorld:
         for name in self.world.facts:
             for relation, value in self.world.facts[name].items():
                 facts.append((name, relation, value))
-        rng.shuffle(facts)  # which passage half a query finds is chance
+        rng.shuffle(facts)  # so a name alone finds just any fact of its own
         for number, (name, relation, value) in enumerate(facts):
             text = f"The {NOUNS.get(relation, relation)} of {name} is {value}."
             self.corpus.append(Passage(f"e{number}", name, text))
@@ -125,21 +132,24 @@ class EnglishWorld:
         turns = []
         entity = question["path"][0]
         chain = list(question["chain"])
+        clumsy = rng.random() >= GOOD_DAY
         while chain:
-            turns.append(self.search_turn(rng, chain, entity))
+            turns.append(self.search_turn(rng, chain, entity, clumsy))
             entity = self.find(turns[-1])
             chain = chain[1:]
-            if chain and rng.random() < STOPS_EARLY:
+            if clumsy and chain and rng.random() < STOPS_EARLY:
                 chain = []
-        if rng.random() < CHECKS:
+        if clumsy and rng.random() < CHECKS:
             turns.append(f"<think> Let me check. </think>\n<search> {entity} </search>")
             entity = self.find(turns[-1])
         turns.append(f"<think> Found: {entity}. </think>\n<answer> {entity} </answer>")
         return turns
 
-    def search_turn(self, rng: random.Random, chain: list[str], entity: str) -> str:
+    def search_turn(
+        self, rng: random.Random, chain: list[str], entity: str, clumsy: bool
+    ) -> str:
         noun = chain[0]
-        if rng.random() < PASSAGES_NOUN:
+        if not clumsy or rng.random() < PASSAGES_NOUN:
             noun = NOUNS[noun]
         return (
             f"<think> To find: {description(chain, entity)}. </think>\n"
@@ -147,7 +157,7 @@ class EnglishWorld:
         )
 
     def find(self, turn: str) -> str:
-        """The name that the passage says which this turn's search finds."""
+        """This turn's search finds a passage. Returns the name that it ends with."""
         _, query = parse_turn(turn)
         (passage,) = self.index.search([query], 1)[0]
         return self.value_of[passage.text]

@@ -126,6 +126,13 @@ OPENINGS = ("Who or what is {}?", "Name {}.", "Tell me {}.", "I want to know {}.
 class QuestionSet(NamedTuple):
     count: int
     parts: list[int]  # the parts of the world that its questions are about
+    # Lists of relations. A chain has relations of one list only.
+    relations: tuple[list[str], ...] = (list(CLAUSES),)
+
+
+# Half of the relations. An experiment trains on these, and tests on the others, too.
+TRAINED = list(CLAUSES)[::2]
+OTHERS = list(CLAUSES)[1::2]
 
 
 # A set has a random state of its own, and it repeats no question of those above it. So
@@ -137,6 +144,9 @@ SETS = {
     "evidence-validation": QuestionSet(360, [0]),
     "evidence-test": QuestionSet(540, [0, 1]),
     "evidence-test-2": QuestionSet(540, [0, 1]),
+    "evidence-test-3": QuestionSet(540, [0, 1]),
+    "evidence-retention-train": QuestionSet(600, [0], (TRAINED,)),
+    "evidence-retention": QuestionSet(540, [0, 1], (TRAINED, OTHERS)),
 }
 
 
@@ -252,14 +262,18 @@ class World:
 
 
 def draw_questions(world: World, name: str, seed: int) -> list[dict]:
-    """The questions of the set of that name, with parts and hops in equal shares."""
+    """The questions of the set of that name, with parts, lists of relations and hops in
+    equal shares."""
     rng = random.Random(f"{seed}, {name}")
-    count, parts = SETS[name]
+    count, parts, lists = SETS[name]
+    shares = list(product(parts, lists, (1, 2, 3)))
     questions = []
-    for part, hops in product(parts, (1, 2, 3)):
-        wanted = len(questions) + count // len(parts) // 3
+    for part, relations, hops in shares:
+        wanted = len(questions) + count // len(shares)
         while len(questions) < wanted:
             question = world.question(rng, hops, part)
+            if not set(question["chain"]) <= set(relations):
+                continue
             substance = (question["path"][0], *question["chain"])
             if substance not in world.asked:
                 world.asked.add(substance)

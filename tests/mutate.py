@@ -43,7 +43,7 @@ FILES = {
     "machinery/passages.py": ["tests/test_files.py"],
     "machinery/questions.py": ["tests/test_questions.py"],
     "machinery/ranks.py": ["tests/test_run.py"],
-    "machinery/records.py": ["tests/test_run.py"],
+    "machinery/records.py": ["tests/test_records.py"],
     "machinery/remote.py": ["tests/test_remote.py"],
     "machinery/run.py": [
         "tests/test_run.py",
@@ -1140,7 +1140,7 @@ MUTANTS = [
             "if group_rewards:",
         ),
         (
-            "ofsd.py",
+            "machinery/records.py",
             "the tokens that the student prefers",
             "p_t.topk(3)",
             "p_s.topk(3)",

@@ -95,7 +95,7 @@ def test_sets_share_no_question_and_the_tests_no_name_with_the_training(sets):
 
 def test_the_agent_is_as_clumsy_as_its_habits_say(sets):
     """Shares over the committed demonstrations, within four standard deviations."""
-    nouns = []
+    wrong_nouns = []
     early = []
     checked = []
     for question in sets["demonstrations"]:
@@ -109,13 +109,14 @@ def test_the_agent_is_as_clumsy_as_its_habits_say(sets):
             noun = parse_turn(turn)[1].split(" of ")[0]
             assert noun in (relation, english.NOUNS[relation])
             if english.NOUNS[relation] != relation:
-                nouns.append(noun == english.NOUNS[relation])
+                wrong_nouns.append(noun == relation)
         early += [False] * (len(searches) - 1) + [True] * (len(searches) < len(chain))
-    for outcomes, share in (
-        (nouns, english.PASSAGES_NOUN),
+    for outcomes, habit in (
+        (wrong_nouns, 1 - english.PASSAGES_NOUN),
         (early, english.STOPS_EARLY),
         (checked, english.CHECKS),
     ):
+        share = (1 - english.GOOD_DAY) * habit
         deviation = (share * (1 - share) / len(outcomes)) ** 0.5
         assert abs(sum(outcomes) / len(outcomes) - share) < 4 * deviation
 
@@ -259,12 +260,14 @@ def test_the_whole_command_and_going_on(small, tmp_path, monkeypatch, capsys):
 
     def stop(run):
         run.test("base")
-        raise KeyboardInterrupt
+        with run.saying_how_to_go_on():
+            raise KeyboardInterrupt
 
     # Stopped after the first test, ...
     monkeypatch.setattr(first_model, "run_stages", stop)
     status, _, error = run_here(monkeypatch, capsys, main, "first_model.py", *small)
     assert status == 130 and "stopped" in error
+    assert "the same command goes on" in error
     run = tmp_path / "f/run"
     began = read(run, "metrics.jsonl")
     assert [row["stage"] for row in began] == ["base"]
@@ -302,6 +305,31 @@ def test_gains_are_paired_question_by_question(tmp_path, capsys):
     first_model.print_gains(tmp_path)
     # The differences are 0, 1, 1, 0: mean .5, standard error sqrt(1/3 / 4).
     assert "+0.500 ± 0.566" in capsys.readouterr().out
+
+
+def test_habits_are_counted_by_stage(tmp_path, capsys):
+    """Wrong noun: "birthplace" and "mayor", where the passages say hometown and ruler.
+    Other queries say nothing about it."""
+    nouns = (first_model.WRONG_NOUNS, first_model.RIGHT_NOUNS)
+    assert nouns == ({"birthplace", "mayor"}, {"hometown", "ruler"})
+    samples = [
+        ("base", "q1", ["birthplace of A", "ruler of B", "B"], "Let me check."),
+        ("base", "q2", ["mayor of A", "founder of A"], "Found: B."),
+        ("grpo-1", "q1", ["hometown of A", "ruler of B"], "Found: C."),
+        ("grpo-1", "q2", ["ruler of A", "employer of B", "ruler of A"], ""),
+    ]
+    with (tmp_path / "sampled.jsonl").open("w") as file:
+        for stage, number, queries, text in samples:
+            row = {"stage": stage, "id": number, "queries": queries}
+            file.write(json.dumps(row | {"text": [[1, text]]}) + "\n")
+    questions = [{"id": "q1", "hops": 2}, {"id": "q2", "hops": 3}]
+    first_model.print_habits(tmp_path, questions)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-3:] == [
+        "stage wrong noun stops early checks repeats",
+        "base 0.667 0.500 0.500 0.000",
+        "grpo-1 0.000 0.000 0.000 0.500",
+    ]
 
 
 def test_without_network_package_or_library_it_says_what_to_do(monkeypatch, tmp_path):

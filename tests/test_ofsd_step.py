@@ -16,11 +16,9 @@ from grpo import policy_hidden, response_logits
 from machinery.adapters import LoRA, add_adapters, layers_of
 from machinery.models import frozen_copy
 from ofsd import (
-    OBJECTION,
     Pair,
     distill_loss,
     divergences,
-    objections,
     ofsd_step,
     token_divergences,
 )
@@ -99,31 +97,6 @@ def test_the_divergence_of_each_token_to_look_at(random_model):
     assert values[0] is None
     assert values[1:] == pytest.approx(expected[1:].tolist(), rel=1e-4)
     assert min(values[1:]) > 0.0
-
-
-def test_an_objection_has_the_teachers_first_tokens_and_both_probabilities(
-    micro, rows, tokenizer
-):
-    """By the plain forward pass: each token above the bound, and no other."""
-    model = micro[0]
-    (pair,) = pairs_of(rows, (2,))
-    values = token_divergences(model, pair)
-    privileged = replace(pair.student, prompt_ids=pair.prompt)
-    with torch.no_grad():
-        p_s = response_logits(model, pair.student).softmax(-1)  # (T, V)
-        p_t = response_logits(model, privileged).softmax(-1)  # (T, V)
-    kept = list(objections(model, tokenizer, pair, values))
-    large = [value is not None and value > OBJECTION for value in values]
-    expected = [number for number, is_large in enumerate(large) if is_large]
-    assert [row[0] for row in kept] == expected
-    assert 0 < len(kept) < sum(pair.student.loss_mask)
-    for place, *tokens in kept:
-        first = p_t[place].argsort(descending=True)[:3].tolist()
-        ids = [pair.student.response_ids[place], *first]
-        assert [token[0] for token in tokens] == [tokenizer.decode([i]) for i in ids]
-        for token, (_, p_teacher, p_student) in zip(ids, tokens, strict=True):
-            assert p_teacher == pytest.approx(p_t[place, token].item(), abs=1e-4)
-            assert p_student == pytest.approx(p_s[place, token].item(), abs=1e-4)
 
 
 def test_one_response_is_read_twice_and_the_teacher_is_left_alone(

@@ -14,7 +14,6 @@ from experiments import figures, mechanism, real, tables
 from experiments import pictures as run_pictures
 from machinery.errors import BadInput
 from machinery.terminal import printable
-from rollout import Trajectory
 from tools import pictures, plot
 
 
@@ -242,18 +241,28 @@ def test_a_long_text_ends_within_the_picture():
 
 
 def test_the_picture_of_grpo_has_a_row_for_each_trajectory(tmp_path, drawn):
-    right = Trajectory("?", [], answer="$a$", queries=["$q$"])
-    wrong = Trajectory("?", [], answer=None, queries=["$q$"] * 5)
-    group = [right, wrong]
-    question = {"question": "$?$", "golden_answers": ["$a$"]}
-    update = run_pictures.Update(question, group, [1.0, 0.0], [0.7, -0.7], [0.5, -0.2])
-    run_pictures.draw_grpo(update, tmp_path / "grpo.png")
+    right = attempt_of("$a$", 1.0, ["$q$"])
+    right["question"] = "$?$"
+    right["tokens"] = [["<search>", -1.0, -0.75], [" q", -0.5, -0.25], ["passage"]]
+    wrong = attempt_of(None, 0.0, ["$q$"] * 5)
+    wrong["tokens"] = [["<search>", -1.0, -1.2]]
+    group = {
+        "kind": "group",
+        "golden_answers": ["$a$"],
+        "rewards": [1.0, 0.0],
+        "trajectories": [right, wrong],
+    }
+    alike = {**group, "rewards": [1.0, 1.0]}
+    write(tmp_path / "trajectories.jsonl", [{"kind": "eval"}, alike, group])
+    assert run_pictures.group_of(tmp_path) == group
+    run_pictures.draw_grpo(group, tmp_path / "grpo.png")
     texts = [text.get_text() for axes in drawn[0].axes for text in axes.texts]
     assert "search: $q$\nsearch: $q$\nsearch: $q$  (+ 2)\nanswer: none" in texts
-    for text in (" +0.700 ", " -0.700 ", " +0.50 ", " -0.20 ", "▲", "▼"):
+    for text in (" +0.707 ", " -0.707 ", " +0.50 ", " -0.20 ", "▲", "▼"):
         assert texts.count(text) == 1
+    write(tmp_path / "trajectories.jsonl", [alike])
     with pytest.raises(BadInput, match="no group"):
-        run_pictures.most_varied([1.0, 1.0, 0.0, 0.0], size=2)
+        run_pictures.group_of(tmp_path)
 
 
 def test_the_committed_pictures_are_small():

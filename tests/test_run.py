@@ -12,11 +12,9 @@ import pytest
 import torch
 from conftest import SMALL
 
-from grpo import response_logits, token_logprobs
 from machinery import ranks
 from machinery import run as run_module
 from machinery.errors import BadInput
-from machinery.records import first_varied, token_moves
 from machinery.run import Run, checksum, step_heading, step_line
 from rollout import Trajectory
 
@@ -110,26 +108,6 @@ def test_a_line_of_metrics_counts_the_tokens_sampled_since_the_line_before(
             Run.sample(run, [{"question": "a"}, {"question": "b"}])
         counts.append(Run.log(run, "step", "grpo-1")["tokens_sampled"])
     assert counts == [3, 0, 6]
-
-
-def test_the_group_that_is_kept_is_the_first_that_teaches_something():
-    assert first_varied([[1.0, 1.0], [0.5, 0.5], [0.0, 0.1], [1.0, 0.0]]) == 2
-    assert first_varied([[1.0, 1.0], [0.0, 0.0]]) == 0
-
-
-def test_a_token_of_the_policy_has_its_log_probability_before_and_now(
-    random_model, tokenizer
-):
-    trajectory = Trajectory("?", [3, 4], [5, 6, 7, 8], [1, 0, 0, 1], [-1.5, 0, 0, -2.0])
-    moves = token_moves(random_model, tokenizer, trajectory)
-    with torch.no_grad():
-        logits = response_logits(random_model, trajectory)  # (T, V)
-    now = token_logprobs(logits, torch.tensor(trajectory.response_ids)).tolist()
-    texts = [tokenizer.decode([token]) for token in trajectory.response_ids]
-    assert [move[0] for move in moves] == texts
-    assert moves[1:3] == [texts[1:2], texts[2:3]]
-    assert moves[0][1:] == pytest.approx([-1.5, now[0]], abs=1e-4)
-    assert moves[3][1:] == pytest.approx([-2.0, now[3]], abs=1e-4)
 
 
 def test_a_stage_keeps_one_group_of_its_first_step(tmp_path, random_model, tokenizer):
@@ -251,12 +229,26 @@ def test_a_stage_gets_back_what_was_saved_within_it(saved, done):
     model = Counter()
     optimizer = Counter()
     saved = {**saved, "model": "weights", "optimizer": "moments"}
-    run = SimpleNamespace(model=model, saved=saved)
+    run = SimpleNamespace(model=model, saved=saved, evaluations=[])
     assert Run.begin_stage(run, "ofsd-1", optimizer=optimizer) == done
     assert run.stage_objects == {"optimizer": optimizer}
     assert getattr(model, "state", None) == ("weights" if done else None)
     assert getattr(optimizer, "state", None) == ("moments" if done else None)
     assert Run.begin_stage(run, "ofsd-1", optimizer=optimizer) == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_a_stage_begins_with_the_table_of_the_tests_so_far(count, capsys):
+    """One test is no table: its line has just been printed."""
+    tests = []
+    for number in range(count):
+        test = {"stage": f"grpo-{number}", "em": 0.5, "f1": 0.5, "em_by": {}}
+        tests.append({**test, "searches": 1.0, "answered": 1.0, "time_s": 60.0})
+    run = SimpleNamespace(saved={}, evaluations=tests)
+    Run.begin_stage(run, "ofsd-1")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if "grpo-" in line]
+    assert len(rows) == (count if count > 1 else 0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9])

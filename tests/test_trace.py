@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import SMALL, line_of, read, run_main
 
-from ofsd import OBJECTION
+from machinery.records import OBJECTION
 from tools import plot, trace
 
 
@@ -69,7 +69,7 @@ def test_a_page_shows_the_run_and_needs_nothing_from_elsewhere(
         assert len(row["objections"]) == len(large)
     shown = trace.spread(pairs, trace.MOST_PAIRS)
     assert text.count("<h5>student: this is corrected</h5>") == len(shown)
-    ofsd = text.split('<section id="ofsd">')[1].split("Control: the same text")
+    ofsd = text.split('<section id="ofsd">')[1].split("The same text, but")
     numbers = re.findall(r"<sup>([\d.]+)</sup>", ofsd[0])
     values = [value or 0.0 for _, value in shown[0]["divergence"]]
     assert numbers == [f"{value:.2f}" for value in values if value > OBJECTION]
@@ -256,12 +256,15 @@ def test_a_run_that_goes_on_says_so_and_settings_are_compared(tested):
     text = trace.page(folder)
     assert "The run is not over: 1 of 3 tests" in text
     section = text.split('<section id="settings">')[1]
-    rows = re.findall(r"<td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", section)
+    changed, everything = section.split("all settings of this run")
+    rows = re.findall(r"<td>(.*?)</td><td>(.*?)</td><td>(.*?)</td>", changed)
     assert rows == [
         ("ofsd", "False", "True"),
         ("seed", "7", "0"),
         ("&lt;b&gt;new&lt;/b&gt;", "1", "None"),
     ]
+    assert "<td>rounds</td><td>2</td>" in everything
+    assert everything.count("<td>") == 2 * len(settings)
 
 
 def test_a_skipped_stage_says_why_and_any_reward_has_a_curve(tested):
@@ -282,7 +285,7 @@ def test_a_skipped_stage_says_why_and_any_reward_has_a_curve(tested):
 def test_a_pair_of_an_older_run_has_no_table_and_no_control():
     older = pair([1.0, 0.0], attempt("Ada", 1.0, 1.0), attempt("Bo", 0.0, 0.0))
     text = "".join(trace.pair_parts(older))
-    assert "<table" not in text and "Control" not in text
+    assert "<table" not in text and "The same text, but" not in text
     it = ["it", 0.01, 0.9]
     feed = ["\n", 0.9, 0.1]
     newer = older | {

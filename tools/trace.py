@@ -18,9 +18,9 @@ from typing import NamedTuple
 from grpo import group_advantages
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
+from machinery.records import OBJECTION
 from machinery.tables import signed as signed_edge
 from machinery.terminal import Parser, run_script
-from ofsd import OBJECTION
 from tools.charts import stage_chart, step_chart
 from tools.marks import (
     Piece,
@@ -160,11 +160,11 @@ def run_section(log: Log) -> list[str]:
         f'<div class="charts">{"".join(charts)}</div>',
         evaluation_table(log.evaluations),
         "<p><small>EM: share of exactly right answers, greedy, tested after the stage. "
-        "edge, supported and control were measured before an OFSD stage, on training "
-        "questions. edge: EM with the reference in the prompt (the teacher) minus EM "
-        "without it (the student). supported: the same, but an answer counts only if a "
-        "passage that the response found contains it. control: the edge with another "
-        "question's reference.</small></p>",
+        "edge, supported and control stand in the row of their OFSD stage, and were "
+        "measured just before it, on training questions. edge: EM with the reference "
+        "in the prompt (the teacher) minus EM without it (the student). supported: the "
+        "same, but an answer counts only if a passage that the response found contains "
+        "it. control: the edge with another question's reference.</small></p>",
     ]
 
 
@@ -189,21 +189,30 @@ def evaluation_table(evaluations: list[dict]) -> str:
 
 
 def settings_section(settings: dict) -> list[str]:
-    """What differs from the defaults of train.py."""
-    rows = []
+    """What differs from the defaults of train.py, and, folded, all settings."""
     defaults = asdict(Config())
+    changed = []
     for name, value in settings.items():
         default = defaults.get(name)
         if name not in ("out", "date") and value != default:
-            cells = [name, value, default]
-            body = "".join(f"<td>{shown(cell)}</td>" for cell in cells)
-            rows.append(f"<tr>{body}</tr>")
-    if not rows:
-        return ["<p>All are the defaults of train.py.</p>"]
-    head = "<tr><th>setting</th><th>this run</th><th>default</th></tr>"
-    caption = "<caption>Those that differ from the defaults of train.py.</caption>"
-    table = f'<table class="settings">{caption}{head}{"".join(rows)}</table>'
-    return [f'<div class="scroll" tabindex="0" aria-label="settings">{table}</div>']
+            changed.append([name, value, default])
+    everything = list(settings.items())
+    said = "<p>All are the defaults of train.py.</p>"
+    if changed:
+        caption = "Those that differ from the defaults of train.py."
+        said = settings_table(["setting", "this run", "default"], changed, caption)
+    whole = settings_table(["setting", "this run"], everything, "All of them.")
+    return [said, folded("all settings of this run", whole, is_open=False)]
+
+
+def settings_table(names: list[str], rows: list, caption: str) -> str:
+    heads = "".join(f"<th>{name}</th>" for name in names)
+    lines = [f"<caption>{caption}</caption><tr>{heads}</tr>"]
+    for row in rows:
+        body = "".join(f"<td>{shown(cell)}</td>" for cell in row)
+        lines.append(f"<tr>{body}</tr>")
+    table = f'<table class="settings">{"".join(lines)}</table>'
+    return f'<div class="scroll" tabindex="0" aria-label="settings">{table}</div>'
 
 
 # ---------------------------------------------------------------- test questions
@@ -584,8 +593,8 @@ def control_part(pair: dict) -> str:
     own = total(value for _, value in pair["divergence"])
     other = total(control["divergence"])
     text = (
-        "<h5>Control: the same text, but the teacher has read the reference of "
-        f"another question</h5><p>It read about: {shown(control['question'])} All "
+        "<h5>The same text, but the teacher has read the reference of another "
+        f"question</h5><p>It read about: {shown(control['question'])} All "
         f"divergences together are {other:.2f} nats here, and {own:.2f} with the right "
         "reference. More would not be better: this reference speaks of something else, "
         "and the teacher may object because it expects its names.</p>"

@@ -131,7 +131,7 @@ def test_each_module_of_machinery_can_be_read(path):
 
 
 def test_the_machinery_stays_small():
-    assert sum(size_of_file(path).nodes for path in MACHINERY) <= 7800
+    assert sum(size_of_file(path).nodes for path in MACHINERY) <= 8200
 
 
 # ---------------------------------------------------------------- layout and imports

@@ -22,7 +22,7 @@ import lessons.retriever
 import lessons.rollout
 from lessons.common import load_world, relation_words, sample_groups
 
-COPIED = ["lessons", "machinery", "micro", "tests", "tools"]
+COPIED = ["experiments", "lessons", "machinery", "micro", "tests", "tools"]
 SEPARATORS = r"^### (\d+)\. "
 
 
@@ -399,6 +399,13 @@ def test_exercise_17(copy):
     output = copy.run("mine.py")
     assert "at 1.0 0 of 300" in output
     assert_quoted(17, output, "18 72 74 -38.5 -138.8 28.75 3.78")
+
+
+def test_exercise_19(copy):
+    (copy.folder / "mine.py").write_text(code_of(19), encoding="utf-8")
+    output = copy.run("mine.py")
+    assert_quoted(19, output, ".81 1.06 10.31 10.62 .16")
+    assert "<search> guided residence of Fadar Miller</search>" in output
 
 
 @pytest.mark.slow

@@ -108,7 +108,8 @@ def favourite(odds: dict, relation: str) -> str:
 def test_the_committed_data_is_what_the_script_makes(tmp_path, monkeypatch):
     run_main(monkeypatch, make.main, "make.py", "--data-only", "--out", tmp_path)
     names = sorted(path.name for path in MICRO.glob("*.jsonl"))
-    assert sorted(path.name for path in tmp_path.glob("*")) == names and len(names) == 7
+    assert sorted(path.name for path in tmp_path.glob("*")) == names
+    assert len(names) == 1 + len(make.SETS)
     for name in names:
         assert (tmp_path / name).read_bytes() == (MICRO / name).read_bytes()
 
@@ -124,12 +125,25 @@ def test_hops_stand_in_equal_shares_and_half_of_the_test_questions_are_held_out(
     sets, corpus
 ):
     assert len(corpus) == 5 * sum(make.COUNTS.values())
-    for name, (count, _) in make.SETS.items():
+    for name, question_set in make.SETS.items():
         kinds = Counter((row["hops"], row["held_out"]) for row in sets[name])
-        parts = (False, True) if "test" in name else (False,)
-        share = count // len(parts) // 3
+        tested = "test" in name or name == "evidence-retention"
+        parts = (False, True) if tested else (False,)
+        share = question_set.count // len(parts) // 3
         assert kinds == {(hops, part): share for hops in (1, 2, 3) for part in parts}
         assert all(len(row["chain"]) == row["hops"] for row in sets[name])
+
+
+def test_retention_trains_on_half_of_the_relations_and_tests_both_halves(sets):
+    trained = set(make.TRAINED)
+    for row in sets["evidence-retention-train"]:
+        assert set(row["chain"]) <= trained
+    halves = Counter()
+    for row in sets["evidence-retention"]:
+        shared = trained.intersection(row["chain"])
+        assert shared in (set(), set(row["chain"]))  # a chain is of one half
+        halves[row["hops"], row["held_out"], bool(shared)] += 1
+    assert set(halves.values()) == {45} and len(halves) == 12
 
 
 def test_no_question_occurs_twice_in_text_or_in_substance(sets):
