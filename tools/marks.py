@@ -105,7 +105,8 @@ def passages(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith("- ")]
     title = "nothing was found"
     if lines:
-        title = f"{len(lines)} passages: {lines[0].removeprefix('- ')}"
+        count = "1 passage" if len(lines) == 1 else f"{len(lines)} passages"
+        title = f"{count}: {lines[0].removeprefix('- ')}"
     return (
         f'<details class="passages"><summary>{shown(title)}</summary>'
         f'<pre class="environment">{shown(text.strip())}</pre></details>'
