@@ -5,6 +5,7 @@ any test question of the evidence was read. Differences are paired by seed, and 
 interval is the 95 % interval of their mean.
 
     yes      the interval of the area lies above 0, and that of final EM not below 0
+             (its upper end is at least 0)
     no       the interval of the area lies below 0, or between -.03 and +.03
     open     anything else
 
@@ -12,6 +13,27 @@ Three questions are asked: search-e1 against grpo, search-e1 against rft, and of
 against grpo. They are asked from the base model with 20 seeds, and from the converged
 policy with 10 (there without ofsd). An arm searches less where the interval of the
 difference in searches lies below 0. No arm is changed or run again afterwards.
+
+Two more parts come later, and their rule is committed before their test questions are
+read. Their settings are the best of the trials of agent-1, by the area. In both an
+agent may write the references, as an expert in the policy's own form, or as a foreigner
+(foreign.py). Ten seeds each, paired.
+
+    agent      seven arms: grpo, search-e1 and rft with references of their own, and the
+               last two with the expert's and with the foreigner's. Asked are the
+               questions of AGENT_QUESTIONS in tables.py, by the rule above; also with
+               the price of writing the references, as a second table without a verdict.
+    retention  five arms, without the expert: they train on half of the relations, and
+               are tested on these and on the others. Asked is whether EM on the others
+               changes more favourably in OFSD than in fine-tuning, with own references
+               and with foreign ones, after the offline stage and at the end. yes: the
+               interval of the difference lies above 0. no: it lies below 0, or between
+               -.03 and +.03. open: anything else.
+
+That makes twelve verdicts (eight of the first kind, four of the second), without a
+correction for their number. Reported beside them, without a verdict: EM at temperature
+1, the best of five samples, answered, the policy's form (thoughts, queries, divergence
+to the start), the share of right prefixes, and the deviation over seeds.
 """
 
 from dataclasses import dataclass, replace
