@@ -21,12 +21,10 @@ from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from eval import exact_match
-from grpo import policy_hidden, policy_logprobs
+from machinery.records import sampled_logprobs
 from machinery.text import chat_ids, decode
-from micro.make import TRAINED
+from micro.make import TRAINED, statement, value_of
 from ofsd import Pair
 from rollout import Trajectory, spans, standard_prompt
 from tools.imitation import as_trajectory
@@ -57,7 +55,7 @@ def demonstrate(
         steps.append(f"<think> {thought}</think>\n<search> {query}</search>")
         steps.append(passages)
         queries.append(query)
-        entity = passages[0].text.split(" by ")[1].rstrip(".")
+        entity = value_of(passages[0])
         learned = f"It is {entity}. "
     last = "Now I know." if foreign else f"{learned}The answer is {entity}."
     steps.append(f"<think> {last}</think>\n<answer> {entity}</answer>")
@@ -122,7 +120,7 @@ def facts_of(question: dict) -> list[str]:
     facts = []
     path = question["path"]
     for number, word in enumerate(question["words"]):
-        facts.append(f"{path[number]} is {word} by {path[number + 1]}.")
+        facts.append(statement(path[number], word, path[number + 1]))
     return facts
 
 
@@ -190,18 +188,14 @@ def share_of_foreign_queries(trajectories: list[Trajectory]) -> float:
     return sum(" of " in query for query in queries) / len(queries)
 
 
-@torch.no_grad()
 def divergence(policy, start, trajectories: list[Trajectory]) -> float:
     """KL(policy || start) a token, estimated on the policy's own samples: the mean of
     log pi(y) - log pi_start(y)."""
     total = 0.0
     count = 0
     for trajectory in trajectories:
-        ids = torch.tensor(trajectory.response_ids, device=policy.device)  # (T,)
-        mask = torch.tensor(trajectory.loss_mask, device=policy.device)  # (T,)
-        sampled = mask == 1  # (T,)
-        now = policy_logprobs(policy, policy_hidden(policy, [trajectory]), ids[sampled])
-        then = policy_logprobs(start, policy_hidden(start, [trajectory]), ids[sampled])
+        now = sampled_logprobs(policy, trajectory)  # (M,)
+        then = sampled_logprobs(start, trajectory)  # (M,)
         total += (now - then).sum().item()
         count += len(now)
     return total / count

@@ -17,6 +17,7 @@ import torch
 from grpo import group_advantages
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
+from machinery.records import sums_of
 from machinery.terminal import Parser, printable, run_script
 from tools.pictures import load_matplotlib, new_figure, save_small
 
@@ -47,22 +48,15 @@ def group_of(folder: Path) -> dict:
     raise BadInput(f"{folder} has logged no group with two different rewards")
 
 
-def move_of(attempt: dict) -> float:
-    """How much the update changed log pi of a trajectory, the sum over its tokens."""
-    move = 0.0
-    for _, *logprobs in attempt["tokens"]:
-        if logprobs:  # the policy's own token
-            before, after = logprobs
-            move += after - before
-    return move
-
-
 def draw_grpo(group: dict, path: Path) -> None:
     """A row for each trajectory: what it did, reward, advantage, change of log pi."""
     attempts = group["trajectories"]
     rewards_of_group = torch.tensor([group["rewards"]])  # (1, G)
     advantages_of_group = group_advantages(rewards_of_group)[0].tolist()
-    moves_of_group = [move_of(attempt) for attempt in attempts]
+    moves_of_group = []
+    for attempt in attempts:
+        before, after = sums_of(attempt["tokens"])
+        moves_of_group.append(after - before)
     with new_figure(WIDTH, 7.2, spines=False) as figure:
         panels = figure.subplots(1, 4, sharey=True, width_ratios=[4.2, 2, 2.6, 2.6])
         texts, rewards, advantages, moves = panels

@@ -27,6 +27,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -135,25 +136,30 @@ class CountedRun(Run):
         metrics = rounded(metrics)
         return super().log(kind, stage, cost=self.cost, **metrics, work_s=work_s)
 
+    @contextmanager
+    def aside(self):
+        """A context for what only the tables need. It leaves no trace in the cost, in
+        the seconds of work, and in what is drawn later."""
+        began = time.time()
+        cost = self.cost
+        random_state = self.rng.getstate()
+        yield
+        self.cost = cost
+        self.rng.setstate(random_state)
+        self.idle_s += time.time() - began
+
     def measure(self, stage: str) -> None:
         """Test the policy greedily, and log it. A policy is tested once only."""
-        began = time.time()
         if self.tested_at != self.cost:
-            self.test_metrics = self.scores()
+            with self.aside():
+                self.test_metrics = self.scores()
             self.tested_at = self.cost
-        self.idle_s += time.time() - began
         self.log("eval", stage, **self.test_metrics)
 
     def scores(self) -> dict:
-        """What the policy scores. This leaves no trace in the cost and in what is drawn
-        later. leak: the share of questions that were answered with what no passage
-        said, so perhaps from memory."""
-        cost = self.cost
-        random_state = self.rng.getstate()
+        """What the policy scores. leak: the share of questions that were answered with
+        what no passage said, so perhaps from memory."""
         trajectories = self.sample(self.test_set, temperature=0.0)
-        self.cost = cost
-        self.rng.setstate(random_state)
-
         metrics = score(self.test_set, trajectories)
         leaks = 0
         for trajectory in trajectories:
@@ -165,16 +171,13 @@ class CountedRun(Run):
         return metrics
 
     def look_at_form(self, stage: str) -> None:
-        """Log what samples say about the policy. This leaves no trace, either."""
-        began = time.time()
-        cost = self.cost
-        random_state = self.rng.getstate()
+        """Log what samples say about the policy."""
         questions = self.test_set[:SHOWN]
-        trajectories = self.sample(questions, group_size=SAMPLES)
-        self.cost = cost
-        self.rng.setstate(random_state)
-        form = form_of(self.model, self.start, self.tokenizer, questions, trajectories)
-        self.idle_s += time.time() - began
+        with self.aside():
+            trajectories = self.sample(questions, group_size=SAMPLES)
+            form = form_of(
+                self.model, self.start, self.tokenizer, questions, trajectories
+            )
         self.log("form", stage, **form._asdict())
 
     def finish(self) -> None:

@@ -294,21 +294,20 @@ def forms(part: str) -> str:
     names.append("kl_to_start")
     lines = []
     for arm, seeds in read_part(part).items():
+        shares = []
+        for run in seeds.values():
+            minings = rows_of_kind(run, "mining")
+            shares += [row["right_share"] for row in minings if "right_share" in row]
+        right = f"{mean(shares):.3f}" if shares else ""
+        finals = [final_em(run) for run in seeds.values()]
+        deviation = f"{stdev(finals):.3f}" if len(finals) > 1 else ""
         moments = {"end": -1}
         if arm != "grpo":
             moments = {"after the stage": 0, "end": -1}
         for when, place in moments.items():
             rows = [rows_of_kind(run, "form")[place] for run in seeds.values()]
-            cells = [arm, when]
-            cells += [plus_minus([row[name] for row in rows]) for name in names]
-            minings = [
-                row for run in seeds.values() for row in rows_of_kind(run, "mining")
-            ]
-            shares = [row["right_share"] for row in minings if "right_share" in row]
-            cells.append(f"{mean(shares):.3f}" if shares else "")
-            finals = [final_em(run) for run in seeds.values()]
-            cells.append(f"{stdev(finals):.3f}" if len(finals) > 1 else "")
-            lines.append(cells)
+            measured = [plus_minus([row[name] for row in rows]) for name in names]
+            lines.append([arm, when, *measured, right, deviation])
     return table(header, lines)
 
 

@@ -30,13 +30,18 @@ def first_varied(rewards: list[list[float]]) -> int:
 
 
 @torch.no_grad()
-def token_moves(model, tokenizer, trajectory: Trajectory) -> list[list]:
-    """[text, log pi as it was sampled, log pi now] of each token of the policy, and
-    [text] of the environment's."""
+def sampled_logprobs(model, trajectory: Trajectory) -> torch.Tensor:
+    """log pi of each token that was sampled, as the model is now: (M,)."""
     ids = torch.tensor(trajectory.response_ids, device=model.device)  # (T,)
     sampled = torch.tensor(trajectory.loss_mask, device=model.device) == 1  # (T,)
     hidden = policy_hidden(model, [trajectory])  # (M, H)
-    now = iter(policy_logprobs(model, hidden, ids[sampled]).tolist())
+    return policy_logprobs(model, hidden, ids[sampled])
+
+
+def token_moves(model, tokenizer, trajectory: Trajectory) -> list[list]:
+    """[text, log pi as it was sampled, log pi now] of each token of the policy, and
+    [text] of the environment's."""
+    now = iter(sampled_logprobs(model, trajectory).tolist())
     moves = []
     for place, token in enumerate(trajectory.response_ids):
         move = [decode(tokenizer, [token])]
@@ -44,6 +49,14 @@ def token_moves(model, tokenizer, trajectory: Trajectory) -> list[list]:
             move += [round(trajectory.logprobs[place], 4), round(next(now), 4)]
         moves.append(move)
     return moves
+
+
+def sums_of(tokens: list[list]) -> tuple[float, float]:
+    """log pi of a trajectory before and after an update: sums over its token_moves."""
+    numbers = [token[1:] for token in tokens if len(token) == 3]
+    before = sum(old for old, _ in numbers)
+    after = sum(new for _, new in numbers)
+    return before, after
 
 
 class Reading(NamedTuple):

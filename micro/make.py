@@ -169,6 +169,20 @@ def name_pools(rng: random.Random) -> dict[str, list[str]]:
     return pools
 
 
+def statement(name: str, word: str, value: str) -> str:
+    """The text of a passage.
+
+    >>> value_of(Passage("", "", statement("Stupum Falls", "warded", "Mekik Miller")))
+    'Mekik Miller'
+    """
+    return f"{name} is {word} by {value}."
+
+
+def value_of(passage: Passage) -> str:
+    """What a passage says."""
+    return passage.text.split(" by ")[1].rstrip(".")
+
+
 class World:
     """Entities, the facts about them, and the passages that state these.
 
@@ -218,7 +232,7 @@ class World:
                 others = members[LEADS_TO[relation], self.part[name]]
                 value = rng.choice([other for other in others if other != name])
                 self.facts[name][relation] = value
-                stated.append((name, f"{name} is {self.words[relation]} by {value}."))
+                stated.append((name, statement(name, self.words[relation], value)))
         # Which three of its five passages a name finds is chance.
         rng.shuffle(stated)
         self.corpus = []
@@ -381,7 +395,7 @@ def demonstrate(
             search("Let me search again.", query)
 
         # 3. What was found, and perhaps an early end.
-        entity = passages[0].text.split(" by ")[1].rstrip(".")
+        entity = value_of(passages[0])
         learned = f"It is {entity}. "
         kind = LEADS_TO[relation]
         if clumsy and to_go and rng.random() < EARLY[kind]:

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 from conftest import SMALL, line_of, read, run_main
 
-from machinery.records import OBJECTION
+from machinery.records import OBJECTION, sums_of
 from tools import plot, trace
 
 
@@ -84,7 +84,7 @@ def test_a_page_shows_a_group_with_its_rewards_and_log_probabilities(run):
         assert len(trajectory["tokens"]) >= len(trajectory["text"])
         written = "".join(token[0] for token in trajectory["tokens"])
         assert written == "".join(text for _, text in trajectory["text"])
-        before, after = trace.sums_of(trajectory["tokens"])
+        before, after = sums_of(trajectory["tokens"])
         assert f"log π {before:.2f} → {after:.2f}" in text
         assert before < 0 and before != after
     assert text.count("<h5>3: reward") == 1  # as many as the group has

@@ -168,13 +168,11 @@ def print_gains(folder: Path) -> None:
     tests = [
         row for row in read_jsonl(folder / "metrics.jsonl") if row["kind"] == "eval"
     ]
-    ems = {}  # by stage: of each question, in order
-    for row in read_jsonl(folder / "sampled.jsonl"):
-        ems.setdefault(row["stage"], []).append(row["em"])
+    samples = samples_by_stage(folder)
     rows = []
     before = None
     for test in tests:
-        now = ems[test["stage"]]
+        now = [sample["em"] for sample in samples[test["stage"]]]
         gain = ""
         if before is not None:
             gain = with_interval(paired_differences(before, now))
@@ -191,14 +189,19 @@ def print_gains(folder: Path) -> None:
     print_table(rows)
 
 
-def print_habits(folder: Path, questions: list[dict]) -> None:
-    """What is left of the clumsy agent's habits (micro/english.py) in the samples."""
-    hops = {question["id"]: question["hops"] for question in questions}
+def samples_by_stage(folder: Path) -> dict[str, list[dict]]:
+    """The rows of sampled.jsonl by stage, in order."""
     stages = {}
     for row in read_jsonl(folder / "sampled.jsonl"):
         stages.setdefault(row["stage"], []).append(row)
+    return stages
+
+
+def print_habits(folder: Path, questions: list[dict]) -> None:
+    """What is left of the clumsy agent's habits (micro/english.py) in the samples."""
+    hops = {question["id"]: question["hops"] for question in questions}
     rows = []
-    for stage, samples in stages.items():
+    for stage, samples in samples_by_stage(folder).items():
         nouns = []  # of each query for which there are two: is it the question's own?
         early = []
         checks = []

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from grpo import group_advantages
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
-from machinery.records import OBJECTION
+from machinery.records import OBJECTION, sums_of
 from machinery.tables import signed as signed_edge
 from machinery.terminal import Parser, run_script
 from tools.charts import stage_chart, step_chart
@@ -362,14 +362,6 @@ def group_parts(group: dict) -> list[str]:
         f"</h3><p>{said}</p>",
         side_by_side(*cards, kind="cards"),
     ]
-
-
-def sums_of(tokens: list[list]) -> tuple[float, float]:
-    """log pi of a trajectory before and after the update: sums over its tokens."""
-    numbers = [token[1:] for token in tokens if len(token) == 3]
-    before = sum(old for old, _ in numbers)
-    after = sum(new for _, new in numbers)
-    return before, after
 
 
 def what_moved(advantages: list[float], moves: list[float]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +253,7 @@ def test_looking_at_the_form_leaves_no_trace(micro, micro_index, questions):
         )
 
     run.sample = sample
+    run.aside = partial(stages.CountedRun.aside, run)
     run.log = lambda kind, stage, **values: logged.append((kind, stage, values))
     stages.CountedRun.look_at_form(run, "grpo-2")
     assert run.cost == 7 and run.rng.random() == random.Random(0).random()
