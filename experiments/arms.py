@@ -15,9 +15,10 @@ policy with 10 (there without ofsd). An arm searches less where the interval of 
 difference in searches lies below 0. No arm is changed or run again afterwards.
 
 Two more parts come later, and their rule is committed before their test questions are
-read. Their settings are the best of the trials of agent-1, by the area. In both an
-agent may write the references, as an expert in the policy's own form, or as a foreigner
-(foreign.py). Ten seeds each, paired.
+read. In both an agent may write the references, as an expert in the policy's own form,
+or as a foreigner (foreign.py). Their settings are the best of their trials, by the
+area: seven each, and three more for each of the two arms with a foreigner's references.
+Ten seeds each, paired.
 
     agent      seven arms: grpo, search-e1 and rft with references of their own, and the
                last two with the expert's and with the foreigner's. Asked are the
@@ -282,6 +283,54 @@ AGENT_TRIALS = {
     "search-e1-foreign": with_references(AGENT_OFSD, "foreign"),
     "rft-expert": with_references(AGENT_RFT, "expert"),
     "rft-foreign": with_references(AGENT_RFT, "foreign"),
+}
+
+# In that round fine-tuning on the foreigner's references lost the policy's form in each
+# trial, and OFSD's stage was skipped in five of seven: there was no edge before any
+# GRPO. So both have three more trials with them: smaller steps, and a later stage.
+AGENT_TRIALS_2 = {
+    "search-e1-foreign": with_references(
+        {
+            "later-gentle": Arm("grpo 2, ofsd, grpo", ofsd_lr=3e-4, ofsd_questions=40),
+            "later-wide": Arm("grpo 2, ofsd, grpo", ofsd_lr=3e-4, ofsd_questions=80),
+            "later-capped": Arm(
+                "grpo 2, ofsd, grpo",
+                ofsd_lr=1e-3,
+                ofsd_questions=40,
+                ofsd_epochs=4,
+                clip="position",
+                tau=0.5,
+            ),
+        },
+        "foreign",
+    ),
+    "rft-foreign": with_references(
+        {
+            "touch": Arm("rft, grpo", ofsd_lr=1e-4),
+            "touch-wide": Arm(
+                "rft, grpo", ofsd_lr=1e-4, ofsd_questions=160, ofsd_epochs=1
+            ),
+            "touch-later": Arm("grpo 2, rft, grpo", ofsd_lr=1e-4),
+        },
+        "foreign",
+    ),
+}
+
+# The best trials by the area. Five of OFSD's with the foreigner's references are equal,
+# since the stage was skipped: it is the one that is best with the expert's.
+AGENT = {
+    "grpo": ARMS["grpo"],
+    "search-e1": ARMS["search-e1"],
+    "rft": ARMS["rft"],
+    "search-e1-expert": AGENT_TRIALS["search-e1-expert"]["one"],
+    "rft-expert": AGENT_TRIALS["rft-expert"]["first"],
+    "search-e1-foreign": AGENT_TRIALS["search-e1-foreign"]["one"],
+    "rft-foreign": AGENT_TRIALS_2["rft-foreign"]["touch-later"],
+}
+RETENTION = {
+    name: replace(arm, questions="evidence-retention-train")
+    for name, arm in AGENT.items()
+    if not name.endswith("-expert")
 }
 
 # --------------------------------------------------------- one stage, one thing changed

@@ -9,10 +9,13 @@
     python -m experiments.evidence plateau    # the arms from there
     python -m experiments.evidence ablations  # a stage of OFSD, changed in one thing
     python -m experiments.evidence agent-1    # trials with an agent's references
+    python -m experiments.evidence agent-2    # more of them, with a foreign agent's
+    python -m experiments.evidence agent      # the arms, also with such references
+    python -m experiments.evidence retention  # the same, trained on half the relations
     python -m experiments.tables              # tables and figures of what these leave
 
 Trials and ablations are tested on validation questions, and the arms on test questions:
-those of the loop and those of the plateau are different ones, and each is used once.
+each part has its own, and each is used once.
 arms.py says what the arms are, stages.py what they do and how their cost is counted.
 Run it from the repository's root. Stop it and start it again at will: a finished run is
 a file in results/evidence/ and is not run again; an unfinished one is a folder in
@@ -29,7 +32,9 @@ from typing import NamedTuple
 from experiments.ablations import run_ablations
 from experiments.arms import (
     ABLATED,
+    AGENT,
     AGENT_TRIALS,
+    AGENT_TRIALS_2,
     ARMS,
     BASE_1,
     BASE_2,
@@ -38,6 +43,7 @@ from experiments.arms import (
     PLATEAU,
     PLATEAU_1,
     PLATEAU_2,
+    RETENTION,
     Arm,
 )
 from experiments.stages import result_of, run_arm
@@ -48,7 +54,7 @@ from machinery.terminal import Parser, run_script
 class Job(NamedTuple):
     """One run, and what does it: work(name, arm, seed, split)."""
 
-    name: str  # of the result, results/evidence/NAME.jsonl
+    name: str  # of the result, results/evidence/NAME.jsonl.gz
     arm: Arm
     seed: int
     split: str  # of the questions that test it, micro/evidence-SPLIT.jsonl
@@ -103,6 +109,9 @@ PARTS = {
     "plateau": comparison("plateau", PLATEAU, range(40, 50), split="test-2"),
     "ablations": ablations(range(200, 205)),
     "agent-1": trials("agent-1", AGENT_TRIALS, seed=104),
+    "agent-2": trials("agent-2", AGENT_TRIALS_2, seed=104),
+    "agent": comparison("agent", AGENT, range(60, 70), split="test-3"),
+    "retention": comparison("retention", RETENTION, range(70, 80), split="retention"),
 }
 
 

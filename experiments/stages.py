@@ -21,6 +21,7 @@ with another question's reference. Both learning rates fall linearly, GRPO's ove
 budget, and that of an offline stage over the stage.
 """
 
+import gzip
 import os
 import re
 import shutil
@@ -186,13 +187,15 @@ class CountedRun(Run):
         kept = [row for row in rows if row["kind"] != "step"]
         result = result_of(self.name)
         result.parent.mkdir(parents=True, exist_ok=True)
+        plain = self.folder / "result.jsonl"
+        write_jsonl(plain, kept)
         part = result.with_suffix(".part")
-        write_jsonl(part, kept)
+        part.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         os.replace(part, result)  # so that a result is whole, or is not there
 
 
 def result_of(name: str) -> Path:
-    return RESULTS / f"{name}.jsonl"
+    return RESULTS / f"{name}.jsonl.gz"
 
 
 def rounded(value):

@@ -57,10 +57,10 @@ Run = list[dict]
 def read_part(part: str) -> dict[str, dict[int, Run]]:
     """The finished runs of a part, by arm and seed."""
     runs: dict[str, dict[int, Run]] = defaultdict(dict)
-    for path in sorted((RESULTS / "evidence" / part).glob("*.jsonl")):
+    for path in sorted((RESULTS / "evidence" / part).glob("*.jsonl.gz")):
         run = list(read_jsonl(path))
         seed = run[0]["seed"]
-        arm = path.stem.removesuffix(f"-{seed}")
+        arm = path.name.removesuffix(f"-{seed}.jsonl.gz")
         runs[arm][seed] = run
     return runs
 
@@ -609,6 +609,11 @@ SECTIONS = [  # a title, the part that it reads, and what makes the table
         "trials/agent-1",
         trials,
     ),
+    (
+        "More trials with a foreigner's, the same seed, validation questions",
+        "trials/agent-2",
+        trials,
+    ),
     ("References by an agent", "agent", comparison),
     ("The same, with the price of writing them", "agent", priced_comparison),
     ("References by an agent: verdicts", "agent", agent_verdicts),
@@ -622,8 +627,8 @@ def other_parts() -> list[str]:
     """Folders with runs in results/evidence/ that no section reads, by name."""
     evidence = RESULTS / "evidence"
     parts = set()
-    for path in evidence.rglob("*.jsonl"):
-        if path.parent != evidence:  # converge.jsonl is there: a run, and no part
+    for path in evidence.rglob("*.jsonl.gz"):
+        if path.parent != evidence:  # converge is there: a run, and no part
             parts.add(path.parent.relative_to(evidence).as_posix())
     return sorted(parts - {part for _, part, _ in SECTIONS})
 

@@ -1,10 +1,12 @@
 """experiments/: the cost that is counted, the arms, what only the ablations need, and
 the arithmetic of the tables."""
 
+import gzip
 import json
 import random
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from experiments import ablations, evidence, mechanism, stages, tables
 from experiments.arms import ABLATIONS, Arm, Variant
 from grpo import response_logits
 from machinery import run as run_module
+from machinery.json_lines import read_jsonl
 from machinery.models import frozen_copy
 from machinery.questions import load_questions
 from machinery.text import decode, encode
@@ -47,7 +50,7 @@ def quick(monkeypatch):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return list(read_jsonl(path))
 
 
 def train_questions(count):
@@ -127,7 +130,7 @@ def test_cost_is_the_tokens_that_the_models_saw(here, quick, monkeypatch, kind):
     monkeypatch.setattr(stages, "teacher_edge", with_an_edge(stages.teacher_edge))
     run = stages.run_arm("x/y-7", arm, 7, "validation")
     rows = rows_of(run.folder / "metrics.jsonl")
-    kept = rows_of(here / "results/evidence/x/y-7.jsonl")
+    kept = rows_of(here / "results/evidence/x/y-7.jsonl.gz")
     assert kept == [row for row in rows if row["kind"] != "step"]
     assert run.cost == rows[-1]["cost"] == meter.cost >= 30_000
     assert any(row["stage"] == f"{kind}-2" and row["kind"] == "step" for row in rows)
@@ -205,11 +208,11 @@ def test_every_committed_result_is_a_run_of_the_plan():
         capture_output=True,
         text=True,
     ).stdout.splitlines()
-    results = {path for path in tracked if path.endswith(".jsonl")}
+    results = {path for path in tracked if path.endswith(".jsonl.gz")}
     if not results:  # a copy that is no checkout
         pytest.skip("no git")
     for name, jobs in evidence.PARTS.items():
-        planned = {f"results/evidence/{job.name}.jsonl": job for job in jobs}
+        planned = {f"results/evidence/{job.name}.jsonl.gz": job for job in jobs}
         committed = results & planned.keys()
         assert committed in (set(), set(planned)), name
         results -= committed
@@ -617,6 +620,14 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_result(name, rows):
+    """The same in results/evidence/, where the files are packed."""
+    path = Path(f"evidence/{name}.jsonl.gz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()))
+
+
 # -------------------------------------------------------------------------- the tables
 
 
@@ -650,14 +661,13 @@ def small_run(arm: str, seed: int, em: float) -> list[dict]:
 
 def test_a_part_of_ones_own_has_a_table(tmp_path, monkeypatch):
     """Without an arm grpo it is compared with the first; one seed has no interval."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     runs = {"own/b": (0.5, [1, 2]), "own/a": (0.25, [1, 2]), "deep/er/x": (0.5, [3])}
     for name, (em, seeds) in runs.items():
         for seed in seeds:
-            path = tmp_path / f"evidence/{name}-{seed}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(path, small_run(name, seed, em))
-    write_rows(tmp_path / "evidence/converge.jsonl", small_run("converge", 1, 0.5))
+            write_result(f"{name}-{seed}", small_run(name, seed, em))
+    write_result("converge", small_run("converge", 1, 0.5))
     assert tables.other_parts() == ["deep/er", "own"]
     text = tables.all_tables()
     assert "## own\n\n| arm | seeds | area | to a |" in text
@@ -671,6 +681,7 @@ def test_the_committed_tables_are_those_of_the_committed_runs(
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "evidence").symlink_to(ROOT / "results/evidence")
     monkeypatch.setattr(tables, "draw", lambda part, title: None)
+    monkeypatch.setattr(tables, "draw_retention", lambda part: None)
     tables.main()
     written = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     assert written == (ROOT / "results/evidence.md").read_text(encoding="utf-8")
