@@ -1,5 +1,6 @@
 """experiments/foreign.py: references by an agent, and the form of a policy."""
 
+import gzip
 import json
 import random
 from functools import partial
@@ -13,6 +14,7 @@ from eval import exact_match
 from experiments import foreign, stages, tables
 from experiments.arms import Arm
 from grpo import response_logits, token_logprobs
+from machinery.json_lines import read_jsonl
 from machinery.models import frozen_copy
 from machinery.passages import Passage
 from machinery.questions import load_questions
@@ -214,7 +216,7 @@ def test_a_stage_with_foreign_references_counts_their_price_apart(
         questions="evidence-retention-train",
     )
     run = stages.run_arm("foreign/x-1", arm, 1, "retention")
-    rows = [json.loads(row) for row in stages.result_of("foreign/x-1").open()]
+    rows = list(read_jsonl(stages.result_of("foreign/x-1")))
     (mined,) = [row for row in rows if row["kind"] == "mining"]
     assert mined["price"] > 0 and mined["pairs"] > 0
     if kind == "rft":
@@ -329,7 +331,8 @@ def results(tmp_path, monkeypatch):
             ems = [(0.4, 0.4), (0.5, end), (0.6, end + 0.01 * seed)]
             rows = run_rows(seed, stage, ems, price=10 if "foreign" in arm else 0)
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{arm}-{seed}.jsonl").write_text(text)
+            path = folder / f"{arm}-{seed}.jsonl.gz"
+            path.write_bytes(gzip.compress(text.encode()))
     return folder
 
 
