@@ -158,6 +158,7 @@ def form_of(
         answers = questions[number // SAMPLES]["golden_answers"]
         ems.append(exact_match(trajectory.answer, answers))
     firsts = range(0, len(ems), SAMPLES)
+    one_each = trajectories[::SAMPLES]  # a divergence takes two passes a trajectory
     best = [max(ems[first : first + SAMPLES]) for first in firsts]
     answered = [trajectory.answer is not None for trajectory in trajectories]
     return Form(
@@ -166,7 +167,7 @@ def form_of(
         sum(answered) / len(answered),
         share_of_own_thoughts(tokenizer, trajectories),
         share_of_foreign_queries(trajectories),
-        divergence(policy, start, trajectories),
+        divergence(policy, start, one_each),
     )
 
 

@@ -177,7 +177,10 @@ def test_the_form_counts_samples_and_measures_how_far_the_policy_moved(
         differences += (ours - theirs).tolist()
     expected = sum(differences) / len(differences)
     assert expected > 0.0
-    assert form.kl_to_start == pytest.approx(expected, rel=1e-3)
+    found = foreign.divergence(model, other, rows)
+    assert found == pytest.approx(expected, rel=1e-3)
+    one_each = [rows[0], rows[foreign.SAMPLES]]
+    assert form.kl_to_start == foreign.divergence(model, other, one_each) != found
 
 
 def test_em_by_half_and_the_halves():
