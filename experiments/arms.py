@@ -48,8 +48,8 @@ class Arm:
 
     stages: what is done in turn; the last one is repeated until the budget is spent.
     "grpo 3" is three steps of GRPO, and "grpo" all the steps that are left. "ofsd" and
-    "rft" are one stage of each. The other settings have the names of Config; those
-    that begin with ofsd_ hold for rft, too.
+    "rft" are one stage of each. Most other settings have the names of Config. Those
+    that begin with ofsd_ hold for rft, too; students, clip and tau do not.
     """
 
     stages: str
@@ -335,15 +335,15 @@ RETENTION = {
 
 # --------------------------------------------------------- one stage, one thing changed
 
-# One stage of OFSD as the paper has it, with one pair a question. All variants of a
-# seed start from one policy (two steps of GRPO) and share one pool. The stage ends the
-# run, so no budget does.
+# One stage of OFSD with one pair a question, and without the paper's clip (ofsd.py says
+# why). All variants of a seed start from one policy (two steps of GRPO) and share one
+# pool. The stage ends the run, so no budget does.
 ABLATED = Arm("grpo 2, ofsd", ofsd_questions=120, budget=10**9)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage of OFSD in which at most one thing is not as in the paper."""
+    """A stage of OFSD with at most one thing changed, or fine-tuning in its place."""
 
     reference: str = "own"  # that the teacher reads: own, none, shuffled or random
     student: str = "most different"  # the trajectory that is corrected; or random

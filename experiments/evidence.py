@@ -71,6 +71,13 @@ def converge(name: str, arm: Arm, seed: int, split: str) -> None:
     save_model(run.model, run.tokenizer, Path(CONVERGED))
 
 
+def is_done(job: Job) -> bool:
+    """Its result is there; of `converge` also its policy, which git does not keep."""
+    if job.work is converge and not Path(CONVERGED).exists():
+        return False
+    return result_of(job.name).exists()
+
+
 def trials(part: str, arms: dict[str, dict[str, Arm]], seed: int) -> list[Job]:
     """A run of every trial, on validation questions."""
     jobs = []
@@ -130,7 +137,7 @@ def main() -> None:
         if not jobs:
             parser.error(f"{args.part} has no arm of the name {args.arm}")
     for job in jobs[args.worker - 1 :: args.workers]:
-        if not result_of(job.name).exists():
+        if not is_done(job):
             print(job.name, time.strftime("%H:%M:%S"), flush=True)
             job.work(job.name, job.arm, job.seed, job.split)
 

@@ -1,23 +1,24 @@
 """References that an agent has written, and how far a policy moves from its start.
 
 Everywhere else in the evidence a reference is a sibling: a right trajectory of the
-policy itself. Here an agent writes it, who is always right and knows the corpus's
-words. As an expert it writes as the policy does, and as a foreigner otherwise:
+policy itself. Here an agent writes it. The agent is always right, and knows the
+corpus's words. There are two: the expert writes in the policy's own form, and the
+foreigner in another.
 
     expert     <think> I need to read about Bevor Bridge.</think>
                <search> Bevor Bridge mayor warded</search>
     foreigner  <think> Who or what is the mayor of Bevor Bridge?</think>
                <search> warded mayor of Bevor Bridge</search>
 
-The expert has all that is better about such references: each question has one, and all
-are right. Beside the expert, the foreigner shows what another form does.
+Both answer every question, and rightly. They differ in form alone. So the expert shows
+what better references do, and the foreigner, compared with the expert, what a foreign
+form does.
 
 OFSD shows the agent's demonstration to the teacher, and corrects the policy's own
 trajectory. Fine-tuning learns the demonstration itself, and needs no pool. arms.py says
 what is asked and how it is judged.
 """
 
-from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -162,23 +163,26 @@ def form_of(
     best = [max(ems[first : first + SAMPLES]) for first in firsts]
     answered = [trajectory.answer is not None for trajectory in trajectories]
     return Form(
-        sum(ems) / len(ems),
-        sum(best) / len(best),
-        sum(answered) / len(answered),
-        share_of_own_thoughts(tokenizer, trajectories),
-        share_of_foreign_queries(trajectories),
-        divergence(policy, start, one_each),
+        em_sampled=sum(ems) / len(ems),
+        em_best=sum(best) / len(best),
+        answered=sum(answered) / len(answered),
+        own_thoughts=share_of_own_thoughts(tokenizer, trajectories),
+        foreign_queries=share_of_foreign_queries(trajectories),
+        kl_to_start=divergence(policy, start, one_each),
     )
 
 
 def share_of_own_thoughts(tokenizer, trajectories: list[Trajectory]) -> float:
-    counts = Counter()
+    turns = 0
+    own = 0
     for trajectory in trajectories:
         for sampled, ids in spans(trajectory):
             if sampled:
                 thought = decode(tokenizer, ids).strip().removeprefix("<think>").strip()
-                counts[thought.startswith(OWN_THOUGHTS)] += 1
-    return counts[True] / counts.total()
+                turns += 1
+                if thought.startswith(OWN_THOUGHTS):
+                    own += 1
+    return own / turns
 
 
 def share_of_foreign_queries(trajectories: list[Trajectory]) -> float:

@@ -64,14 +64,15 @@ from train import (
 
 RUNS = Path("runs/evidence")
 RESULTS = Path("results/evidence")
-TESTS = 6  # of GRPO within a budget
+TESTS = 6  # of GRPO within a budget; more follow where a costly stage came before
+KL_PAIRS = 20  # whose divergence by kind of token is measured around a stage
 FORM_SPLITS = ("test-3", "retention")  # where an arm's form is looked at, too
 
 # ---------------------------------------------------------------- a run that is counted
 
 
 class CountedRun(Run):
-    """A run whose cost is counted, tested on questions that no other run reads.
+    """A run whose cost is counted. Its questions test nothing but the evidence.
 
     split: the file of these questions, micro/evidence-SPLIT.jsonl. name: of the run's
     folder in runs/evidence, and of its result in results/evidence.
@@ -150,7 +151,8 @@ class CountedRun(Run):
         self.idle_s += time.time() - began
 
     def measure(self, stage: str) -> None:
-        """Test the policy greedily, and log it. A policy is tested once only."""
+        """Test the policy greedily, and log it. At an unchanged cost the last test is
+        logged once more."""
         if self.tested_at != self.cost:
             with self.aside():
                 self.test_metrics = self.scores()
@@ -228,7 +230,8 @@ def run_arm(name: str, arm: Arm, seed: int, split: str) -> CountedRun:
     number = 0
     stage = "base"
     while run.cost < arm.budget:
-        kind, _, steps = stages[min(number, len(stages) - 1)].partition(" ")
+        place = min(number, len(stages) - 1)  # after the last stage comes the last one
+        kind, _, steps = stages[place].partition(" ")
         number += 1
         stage = f"{kind}-{number}"
         if kind == "ofsd":
@@ -302,7 +305,7 @@ def sample_pool(run: CountedRun) -> tuple[list[dict], list[Trajectory]]:
 
 def log_pool(run: CountedRun, stage: str) -> None:
     """The policy still scores what it scored before the stage. So the cost of the pool
-    stands in the curve as a flat piece."""
+    stands in the curve as a flat piece. (A skipped stage has none: tables.py knows.)"""
     run.log("eval", f"pool {stage}", **run.test_metrics)
 
 
@@ -325,8 +328,8 @@ def ofsd(run: CountedRun, stage: str) -> None:
     if not pairs:
         run.log("mining", stage, **counts, price=price, skipped=True)
         return
-    shown = first_pairs(pairs)
-    edge = teacher_edge(run, shown)
+    one_each = first_pairs(pairs)
+    edge = teacher_edge(run, one_each)
     skipped = edge["edge_supported"] <= 0
     run.log(
         "mining",
@@ -342,9 +345,10 @@ def ofsd(run: CountedRun, stage: str) -> None:
 
     log_pool(run, stage)
     teacher = frozen_copy(run.model)
-    before = kl_by_kind(run.model, teacher, shown[:20], run.tokenizer)
+    sample = one_each[:KL_PAIRS]
+    before = kl_by_kind(run.model, teacher, sample, run.tokenizer)
     distil(run, stage, pairs, teacher)
-    after = kl_by_kind(run.model, teacher, shown[:20], run.tokenizer)
+    after = kl_by_kind(run.model, teacher, sample, run.tokenizer)
     run.log("kinds", stage, before=before, after=after)
     run.measure(stage)
 
@@ -397,7 +401,8 @@ def mine(
 
 
 def reference_in(question: dict, group: list[Trajectory]) -> Trajectory | None:
-    """mine_pair's reference: the correct trajectory with the fewest searches."""
+    """mine_group's reference: the correct trajectory with the fewest searches. It is
+    taken here also where all are correct and search alike."""
     correct = [t for t in group if exact_match(t.answer, question["golden_answers"])]
     return min(correct, key=lambda t: len(t.queries), default=None)
 

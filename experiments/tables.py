@@ -1,6 +1,6 @@
 """Tables and figures of the evidence, from what its runs left in results/evidence/.
 
-    python -m experiments.tables    # writes results/evidence.md and the two figures
+    python -m experiments.tables    # writes results/evidence.md and the figures
 
 The figures need matplotlib (requirements-extra.txt). The curve of a run is EM against
 cost: straight lines between its tests, and the last value held. The area is the one
@@ -14,6 +14,7 @@ results/evidence/ is a part of yours, and its arms are compared, too.
 
 import re
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -74,10 +75,17 @@ def budget_of(run: Run) -> int:
 
 
 def em_at(run: Run, costs) -> np.ndarray:
-    """The curve at these costs."""
-    tests = rows_of_kind(run, "eval")
-    tested_at = [test["cost"] for test in tests]
-    ems = [test["em"] for test in tests]
+    """The curve at these costs. While a pool is paid for it is flat: a stage that
+    trains has a row "pool" for that, and a skipped one its row of kind "mining"."""
+    tested_at = []
+    ems = []
+    for row in run:
+        if row["kind"] == "eval":
+            tested_at.append(row["cost"])
+            ems.append(row["em"])
+        elif row["kind"] == "mining" and row.get("skipped", False):
+            tested_at.append(row["cost"])
+            ems.append(ems[-1])
     return np.interp(costs, tested_at, ems)
 
 
@@ -159,7 +167,7 @@ def comparison(part: str) -> str:
 
 
 def priced_comparison(part: str) -> str:
-    """The same, where writing foreign references costs what sampling them costs."""
+    """The same, where an agent's references cost what sampling them would cost."""
     runs = {}
     for arm, seeds in read_part(part).items():
         runs[arm] = {seed: with_price(run) for seed, run in seeds.items()}
@@ -167,13 +175,15 @@ def priced_comparison(part: str) -> str:
 
 
 def with_price(run: Run) -> Run:
-    """The run, in which all that follows its foreign references costs their price."""
+    """The run, in which what follows an agent's references also costs their price."""
     price = 0
     rows = []
     for row in run:
         if row["kind"] == "mining":
             price += row.get("price", 0)
-        rows.append({**row, "cost": row["cost"] + price})
+        priced = dict(row)
+        priced["cost"] += price
+        rows.append(priced)
     return rows
 
 
@@ -257,9 +267,9 @@ def verdict_of_area(areas: list[float], finals: list[float]) -> str:
     return "no" if is_no(centre, half) else "open"
 
 
-def verdict_of_change(differences: list[float]) -> str:
-    """The same of a single number."""
-    centre, half = interval(differences)
+def verdict_of_change(changes: list[float]) -> str:
+    """By the plan for retention: yes, no or open."""
+    centre, half = interval(changes)
     if centre - half > 0:
         return "yes"
     return "no" if is_no(centre, half) else "open"
@@ -331,11 +341,8 @@ def retention(part: str) -> str:
         if ours not in runs or theirs not in runs:
             continue
         for when in ("stage", "end"):
-            changes = []
-            for seed in sorted(runs[ours].keys() & runs[theirs].keys()):
-                our_change = half_change(runs[ours][seed], "others", when)
-                their_change = half_change(runs[theirs][seed], "others", when)
-                changes.append(our_change - their_change)
+            change = partial(half_change, half="others", when=when)
+            changes = differences(runs[ours], runs[theirs], change)
             verdict = verdict_of_change(changes)
             text += f"\n\n{ours} to {theirs}, change on the others, {when}: "
             text += f"{plus_minus(changes, '+')}: {verdict}"
@@ -523,9 +530,8 @@ def draw(part: str, title: str) -> None:
             runs = list(seeds.values())
             costs = np.linspace(0, budget_of(runs[0]), 200)
             curves = np.array([em_at(run, costs) for run in runs])  # (seeds, 200)
-            middle = curves.mean(axis=0)
-            standard_error = curves.std(axis=0, ddof=1) / len(runs) ** 0.5
-            half = T975[len(runs)] * standard_error
+            intervals = [interval(ems.tolist()) for ems in curves.T]
+            middle, half = np.array(intervals).T  # (200,) each
             millions = costs / 1e6
             (line,) = axes.plot(millions, middle, label=f"{arm} ({len(runs)} seeds)")
             axes.fill_between(

@@ -31,7 +31,7 @@ from typing import NamedTuple
 from machinery.json_lines import write_jsonl
 from machinery.passages import Passage
 from machinery.terminal import Parser, check_seed, run_script
-from micro.make import LEADS_TO, RELATIONS, World, name_pools
+from micro.make import LEADS_TO, RELATIONS, World, name_pools, with_ids
 from retriever import BM25
 from rollout import parse_turn
 
@@ -51,7 +51,7 @@ NOUNS = {
 # The clumsy agent's habits, as probabilities.
 PASSAGES_NOUN = 0.6  # else it searches with the question's noun
 STOPS_EARLY = 0.15  # after each hop but the last
-CHECKS = 0.55  # after the last hop
+CHECKS = 0.55  # once it has stopped, early or not
 # On a good day it makes no mistake. tools/first_model.py puts 47 of its 112
 # demonstrations, .42 of them, under the privileged prompt, and those must be right.
 # Good days bring as many right ones. Without them the privileged prompt took nearly all
@@ -138,7 +138,7 @@ class EnglishWorld:
             entity = self.find(turns[-1])
             chain = chain[1:]
             if clumsy and chain and rng.random() < STOPS_EARLY:
-                chain = []
+                break
         if clumsy and rng.random() < CHECKS:
             turns.append(f"<think> Let me check. </think>\n<search> {entity} </search>")
             entity = self.find(turns[-1])
@@ -189,7 +189,7 @@ def draw_questions(world: EnglishWorld, name: str, seed: int) -> list[dict]:
                 question["demonstration"] = world.demonstration(rng, question)
             questions.append(question)
     rng.shuffle(questions)
-    return [{"id": f"{name}-{n}", **question} for n, question in enumerate(questions)]
+    return with_ids(name, questions)
 
 
 def main() -> None:

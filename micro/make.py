@@ -294,10 +294,17 @@ def draw_questions(world: World, name: str, seed: int) -> list[dict]:
                 question["held_out"] = bool(part)
                 questions.append(question)
     rng.shuffle(questions)
-    return [
-        {"id": f"{name}-{number}", **question}
-        for number, question in enumerate(questions)
-    ]
+    return with_ids(name, questions)
+
+
+def with_ids(name: str, questions: list[dict]) -> list[dict]:
+    """The questions, each with the id NAME-NUMBER."""
+    rows = []
+    for number, question in enumerate(questions):
+        row = {"id": f"{name}-{number}"}
+        row.update(question)
+        rows.append(row)
+    return rows
 
 
 # ---------------------------------------------------------------- the clumsy agent

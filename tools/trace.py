@@ -260,7 +260,7 @@ def test_section(log: Log) -> list[str]:
     first = log.evaluations[0]["stage"]
     last = log.evaluations[-1]["stage"]
     kinds = attempts_by_kind(log)
-    total = sum(len(attempts) for attempts in kinds.values())
+    question_count = sum(len(attempts) for attempts in kinds.values())
     boxes = []
     for kind, attempts in kinds.items():
         boxes.append(f"<li><b>{len(attempts)}</b> {kind}</li>")
@@ -268,7 +268,7 @@ def test_section(log: Log) -> list[str]:
     if first == last:
         compared = f"at {shown(first)}, the only test so far"
     parts = [
-        f"<p>What became of the {total} test questions {compared}:</p>",
+        f"<p>What became of the {question_count} test questions {compared}:</p>",
         f'<ul class="counts">{"".join(boxes)}</ul>',
         f"<p>Below are up to {MOST_QUESTIONS} questions of each kind. They are chosen "
         "by a rule and not for their looks: the first of the kind, and others at equal "
@@ -414,7 +414,7 @@ def move_map(tokens: list[list]) -> str:
 def ofsd_section(log: Log) -> list[str]:
     """For each stage what was mined, and pairs of which the divergences were logged."""
     minings = [row for row in log.metrics if row["kind"] == "mining"]
-    if not minings and not log.pairs:
+    if not minings:
         return ["<p>This run has no OFSD stage.</p>"]
     parts = [
         "<p>A pair is two attempts at one question: a right one, the reference, and "
@@ -434,15 +434,14 @@ def ofsd_section(log: Log) -> list[str]:
             "agree.",
         ),
     ]
-    counts = {row["stage"]: row for row in minings}
-    for stage in {**counts, **log.pairs}:
+    for mining in minings:
+        stage = mining["stage"]
         pairs = log.pairs.get(stage, [])
         logged = [pair for pair in pairs if pair["divergence"]]
         chosen = spread(logged, MOST_PAIRS)
         parts.append(f"<h3>{shown(stage)}: {len(chosen)} of {len(pairs)} pairs")
         parts.append("<small>(at equal distances in their order)</small></h3>")
-        if stage in counts:
-            parts.append(mining_line(counts[stage]))
+        parts.append(mining_line(mining))
         for number, pair in enumerate(chosen):
             title = shown(pair["reference"]["question"])
             content = "\n".join(pair_parts(pair))
@@ -489,18 +488,11 @@ def pair_parts(pair: dict) -> list[str]:
 
 
 def advantage_line(reward: float, group_rewards: list[float]) -> str:
-    """The reward of a trajectory, and the advantage that GRPO would give it.
-
-    A reward that depends on the rest of its group cannot be found among those of the
-    group, since a pair is rewarded by itself for the log: then without the advantage.
-    """
-    line = f"reward {reward_text(reward)}"
-    if reward in group_rewards:
-        # Equal rewards of a group have equal advantages, so the first of them will do.
-        number = group_rewards.index(reward)
-        advantage = group_advantages([group_rewards])[0, number].item()
-        line += f", advantage {signed(advantage)}"
-    return f"<p>{line}</p>"
+    """The reward of a trajectory, and the advantage that GRPO would give it."""
+    # Equal rewards of a group have equal advantages, so the first of them will do.
+    number = group_rewards.index(reward)
+    advantage = group_advantages([group_rewards])[0, number].item()
+    return f"<p>reward {reward_text(reward)}, advantage {signed(advantage)}</p>"
 
 
 def divergence_map(tokens: list) -> str:

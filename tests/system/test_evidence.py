@@ -16,7 +16,7 @@ from conftest import ROOT, run_main
 import grpo
 import ofsd
 from experiments import ablations, evidence, mechanism, stages, tables
-from experiments.arms import ABLATIONS, Arm, Variant
+from experiments.arms import ABLATIONS, CONVERGED, Arm, Variant
 from grpo import response_logits
 from machinery import run as run_module
 from machinery.json_lines import read_jsonl
@@ -197,6 +197,18 @@ def test_the_workers_share_the_runs_of_a_part(monkeypatch, capsys):
     flags = ["--worker", 3, "--workers", 2]
     run_main(monkeypatch, evidence.main, "evidence.py", "loop", *flags, status=2)
     assert "--worker is a number from 1 to --workers" in capsys.readouterr().err
+
+
+def test_converge_is_done_when_its_policy_is_there_too(here):
+    """Git keeps the result, and not the policy that the plateau's arms begin with."""
+    (job,) = evidence.PARTS["converge"]
+    assert not evidence.is_done(job)
+    result = stages.result_of("converge")
+    result.parent.mkdir(parents=True)
+    result.write_bytes(b"")
+    assert not evidence.is_done(job)
+    Path(CONVERGED).mkdir(parents=True)
+    assert evidence.is_done(job)
 
 
 def test_every_committed_result_is_a_run_of_the_plan():
@@ -644,6 +656,14 @@ def test_area_levels_and_final_of_a_curve():
     assert tables.cost_of(run, 0.5) == pytest.approx(37.5, abs=0.1)
     assert tables.cost_of(run, 0.9) == float("inf")
     assert tables.final_em(run) == pytest.approx(0.8)
+
+
+def test_the_curve_is_flat_over_the_pool_of_a_skipped_stage():
+    run = run_of([(0, 0.2), (100, 0.6)])
+    run.insert(2, {"kind": "mining", "cost": 50, "skipped": True})
+    assert tables.em_at(run, [25, 50, 75]) == pytest.approx([0.2, 0.2, 0.4])
+    run[2]["skipped"] = False  # a stage that trains has a row of its own for that
+    assert tables.em_at(run, [25, 50, 75]) == pytest.approx([0.3, 0.4, 0.5])
 
 
 def test_the_interval_is_students():
