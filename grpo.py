@@ -17,7 +17,7 @@ the reward of trajectory i, y_it its token t, m_it its loss_mask, and beta is kl
               dr_grpo: 1 / (B L)              L is the longest response allowed
 
 "The loss is near zero. Is it learning?" At the first update on a batch, by default the
-only one, rho is 1, so the loss is minus a weighted mean of advantages. This tells
+only one, rho is 1, so the loss is minus a weighted sum of advantages. This tells
 nothing about progress: the gradient of l_it is -A_i times that of log pi(y_it).
 
 Start reading at grpo_step. In its part 3 loss.backward() computes dloss/dh for the
@@ -31,7 +31,7 @@ Deviations from the paper (Search-E1, arXiv 2605.22511)
     2. The paper does not state its normalisation. The default is `token`.
     3. If beta is 0, a trajectory with A = 0 has no gradient, so its forward pass is
        skipped. Its tokens still count in N. Entropy and clip_frac are means over the
-       trajectories that were passed through the model.
+       tokens of the trajectories that were passed through the model.
 
 The same on one page, without chunks and micro-batches: lessons/plain.py.
 
@@ -156,11 +156,13 @@ def grpo_loss(
     of tokens at a time, and a test compares the two.
     logprobs, old_logprobs, ref_logprobs and loss_mask are (B, T), advantages (B,).
     Position t belongs to response token t. Where the mask is 0 any value will do. For
-    norm, max_len and num_tokens see token_weights. Statistics: clip_frac is the share
-    of tokens whose gradient the clip stops; gap is the largest |log rho| (logprob_gap
-    in the logs); kl is the
-    mean k3, if ref_logprobs are given. Raises ValueError for an unknown norm, and
-    for kl_coef > 0 without ref_logprobs.
+    norm, max_len and num_tokens see token_weights. Three statistics:
+
+    clip_frac  the share of the tokens whose gradient the clip stops
+    gap        the largest |log rho|, which is logprob_gap in the logs
+    kl         the mean k3, if ref_logprobs are given
+
+    Raises ValueError for an unknown norm, and for kl_coef > 0 without ref_logprobs.
 
     >>> old, mask = torch.log(torch.tensor([[0.5, 0.5]])), torch.ones(1, 2)
     >>> new = torch.log(torch.tensor([[0.7, 0.5]])).requires_grad_()   # rho = 1.4, 1.0
@@ -220,7 +222,7 @@ def grpo_step(
     loss_mask = padded([t.loss_mask for t in trajectories], torch.bool)  # (B, T)
     weights = token_weights(loss_mask, norm=norm, max_len=max_len)  # (B, T)
 
-    statistics = TokenStatistics()
+    statistics = TokenStatistics(with_kl=kl_coef > 0)
     needed = with_gradient(advantages, loss_mask, kl_coef, at_least=micro_batch)
     lengths = [len(t.response_ids) for t in trajectories]
     for rows in my_share(micro_batches(lengths, micro_batch, among=needed)):
@@ -356,7 +358,7 @@ def policy_hidden(
     mask = padded(masks, torch.bool).to(model.device)  # (B, S), M of them true
 
     # Checkpointing of activations works in training mode only. Dropout would be active
-    # then, but load_model has removed it.
+    # then, but read_model has removed it.
     model.train(model.is_activation_checkpointing)
     with arithmetic(model):
         output = model.base_model(input_ids=ids, use_cache=False)

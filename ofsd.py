@@ -299,8 +299,9 @@ def divergences(
     elif kind == "reverse_kl":
         terms = kl_terms(log_s, log_t)  # (n, V)
     elif kind == "jsd":
-        # The clamp: logaddexp gives NaN where both are -inf.
+        # The clamp: where both are -inf, the gradient of logaddexp would be NaN.
         lowest = torch.finfo(log_s.dtype).min
+        # (n, V)
         log_sum = torch.logaddexp(log_s.clamp(min=lowest), log_t.clamp(min=lowest))
         log_m = log_sum - math.log(2)  # (n, V)
         terms = 0.5 * kl_terms(log_t, log_m) + 0.5 * kl_terms(log_s, log_m)  # (n, V)
@@ -322,6 +323,7 @@ def kl_terms(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """p log(p / q) for each vocabulary entry, where 0 log 0 is 0: (n, V) each."""
     # 0 times infinity would be NaN in the gradient, so fill in before the product.
     absent = log_p == -torch.inf  # (n, V)
+    # (n, V)
     log_ratio = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
     return log_p.exp() * log_ratio  # (n, V)
 
@@ -350,6 +352,7 @@ def distill_loss(
     0.498224
     """
     mask = loss_mask.bool()  # (B, T), M of them true
+    # (B, T)
     weights = token_weights(mask, num_tokens=num_tokens, dtype=student_logits.dtype)
     divergence = divergences(
         student_logits[mask], teacher_logits[mask], kind=kind, clip=clip, tau=tau

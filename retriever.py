@@ -283,7 +283,10 @@ def open_index(corpus, save: bool = False) -> BM25:
             problem = f"{saved} is the index of another corpus"
         except BadInput as error:
             problem = str(error)
-        print(f"{problem}. Rebuilding it", file=sys.stderr)
+        remedy = "Rebuilding it"
+        if not save:
+            remedy = "Building one in memory: python retriever.py --save replaces it"
+        print(f"{problem}. {remedy}", file=sys.stderr)
     index = BM25(read_jsonl(corpus, to_passage), source=source)
     if save:
         index.save(saved)

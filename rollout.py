@@ -58,10 +58,11 @@ from machinery.text import (
     stop_tokens,
 )
 
-# The standard prompt. The micro model's tokenizer brings its own wording, which is the
-# question alone, so every other model reads this one: see standard_prompt. As in
-# Search-R1 the model is not told how many searches it has. So one prompt serves for any
-# limit, and a trajectory that asks once too often ends without an answer.
+# The standard prompt. A tokenizer may bring its own wording: --prompt puts one there,
+# and the micro model's has the question alone. All others read this one: see
+# standard_prompt. As in Search-R1 the model is not told how many searches it has. So
+# one prompt serves for any limit, and a trajectory that asks once too often ends
+# without an answer.
 PROMPT = """\
 Answer the question at the end. Each time you receive new information, reason about \
 it first, between <think> and </think>. When you lack knowledge, call a search engine \
@@ -450,15 +451,16 @@ def sample(logits, temperature: float, generator=None) -> tuple[list[int], list[
     else:
         # One uniform draw per row is enough. torch.multinomial makes one per vocabulary
         # entry, which is slow.
+        # (n, 1)
         u = torch.rand(len(logits), 1, device=logits.device, generator=generator)
         cumulative = logprobs.exp().cumsum(dim=-1)  # (n, V)
         level = u * cumulative[:, -1:]  # (n, 1), the last sum being about 1
         # The first token whose sum exceeds the level (right=True), so that a token of
         # probability 0 is never drawn.
         chosen = torch.searchsorted(cumulative, level, right=True)  # (n, 1)
-        # Rounding can push the index past the end of the vocabulary.
+        # If the logits are NaN the index is V. It stays in range, for the check below.
         chosen = chosen.clamp(max=logits.shape[1] - 1)
-    values = logprobs.gather(1, chosen).flatten().tolist()
+    values = logprobs.gather(1, chosen).flatten().tolist()  # n numbers
     if math.isnan(sum(values)):  # a sum is NaN if one of its terms is
         raise BadInput("the model's logits are NaN: its weights are damaged")
     return chosen.flatten().tolist(), values
@@ -540,7 +542,7 @@ class RowCache(Cache):
         self.slots = start + torch.arange(size, device=device)  # (n, S)
         self.used = max(lengths) + size
         # A token sees the slots up to its own. The mask is added to the scores: one of
-        # True and False would be turned into such a one in every layer.
+        # True and False would be turned into such a one in every layer. (n, 1, S, used)
         seen = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]
         mask = torch.where(seen, 0.0, -torch.inf).to(product_dtype(model))
 
@@ -573,12 +575,13 @@ class RowCache(Cache):
         if missing > 0:
             # Add half as many slots again as are in use, so that growing stays rare.
             missing += self.used // 2
+            # (rows, heads, slots, width)
             kept = torch.nn.functional.pad(kept, (0, 0, 0, missing))
             self.store[name] = kept
         # Token j of row i goes to slot self.slots[i, j]. Two index tensors around a
         # slice put their own dimensions first, so `new` is transposed to match.
         kept[self.rows, :, self.slots] = new.transpose(1, 2)  # (n, S, heads, width)
-        return kept[: len(new), :, : self.used]
+        return kept[: len(new), :, : self.used]  # (n, heads, used, width)
 
     def get_seq_length(self, *args) -> int:
         return self.used

@@ -148,9 +148,9 @@ def grpo_stage(run: Run, round_number: int) -> None:
             )
             updates.append(update)
 
-        # 4. Log the last update, and the first's gap: over .001 in float32 is a bug.
+        # 4. Log the last update, but the first one's gap, and the mean gradient norm.
         stats = dict(updates[-1])
-        stats["logprob_gap"] = updates[0]["logprob_gap"]
+        stats["logprob_gap"] = updates[0]["logprob_gap"]  # in float32 below .001
         norms = [update["grad_norm"] for update in updates]
         stats["grad_norm"] = sum(norms) / len(norms)
         stats.update(batch_stats(trajectories, rewards))
@@ -158,7 +158,7 @@ def grpo_stage(run: Run, round_number: int) -> None:
         stats["step_s"] = time.time() - began
         print(step_line(step, stats, columns, stats["step_s"]))
         history.append(stats)
-        if nothing_earned(history):
+        if steps_done == 0 and nothing_earned(history):
             print(NOTHING_EARNED)
         run.log_group(stage, step, questions, trajectories, rewards)
         run.end_step(stage, step, stats)
@@ -334,7 +334,7 @@ class Config:
         "", "a server with Search-R1's protocol, in place of a corpus"
     )
     out: str = setting(
-        "", "folder of this run, a new one (default: runs/ and the date)"
+        "", "folder of this run, a new one; if empty, runs/ and the date"
     )
     seed: int = setting(0, "seed of everything random", zero=True)
     rounds: int = setting(2, "rounds of GRPO and then OFSD", zero=True)
@@ -348,7 +348,7 @@ class Config:
     max_observation_tokens: int = setting(512, "tokens of an observation")
     prompt: str = setting("", "wording of the prompt, with {question} in it")
     date: str = setting(
-        "", "the date for a chat template that asks, as 2026-01-31 (default: today)"
+        "", "the date for a chat template that asks, as 2026-01-31; if empty, today"
     )
 
     # GRPO.

@@ -230,6 +230,8 @@ class CountedRun(Run):
     resumed cuts this file where it cuts its other logs.
     """
 
+    logs = (*Run.logs, "cost.jsonl")
+
     def sample(
         self,
         questions: list[dict],

@@ -7,9 +7,10 @@ The code is in grpo.py.
 
 import torch
 
-from grpo import group_advantages, grpo_step, policy_hidden, policy_logprobs
+from grpo import group_advantages, grpo_step
 from lessons.common import Group, World, load_world, sample_groups, words_tried
 from machinery.errors import BadInput
+from machinery.records import sampled_logprobs
 from machinery.terminal import Parser, run_script
 from rollout import Trajectory
 
@@ -48,15 +49,7 @@ def log_probabilities(world: World, trajectories: list[Trajectory]) -> list[floa
     """log pi of each whole trajectory: the sum over the tokens with mask 1."""
     sums = []
     for trajectory in trajectories:
-        sampled = []
-        pairs = zip(trajectory.response_ids, trajectory.loss_mask, strict=True)
-        for token, mask in pairs:
-            if mask:
-                sampled.append(token)
-        ids = torch.tensor(sampled, device=world.model.device)  # (N,)
-        with torch.no_grad():
-            hidden = policy_hidden(world.model, [trajectory])  # (N, H)
-        logprobs = policy_logprobs(world.model, hidden, ids)  # (N,)
+        logprobs = sampled_logprobs(world.model, trajectory)  # (M,)
         sums.append(logprobs.sum().item())
     return sums
 
@@ -64,10 +57,11 @@ def log_probabilities(world: World, trajectories: list[Trajectory]) -> list[floa
 def show_table(
     group: Group, advantages: list[float], before: list[float], after: list[float]
 ) -> None:
-    """A line a trajectory. The weight of a token is A / the number of all tokens."""
+    """A line a trajectory. "A w" is its advantage times the weight of a token in the
+    loss, which is 1 / the number of all tokens."""
     num_tokens = sum(sum(trajectory.loss_mask) for trajectory in group.trajectories)
     print(f"{'answer':17}{'reward':>7}{'advantage':>10}{'tokens':>7}", end="")
-    print(f"{'weight a token':>16}{'log pi':>10}{'after':>10}   words it tried")
+    print(f"{'A w of a token':>16}{'log pi':>10}{'after':>10}   words it tried")
     for i, trajectory in enumerate(group.trajectories):
         print(f"{trajectory.answer!s:17}{group.rewards[i]:7g}", end="")
         print(f"{advantages[i]:10.3f}{sum(trajectory.loss_mask):7d}", end="")
@@ -101,10 +95,12 @@ def show_moves(
     for advantage, old, new in zip(advantages, before, after, strict=True):
         if advantage > 0:
             better += 1
-            better_up += new > old
+            if new > old:
+                better_up += 1
         if advantage < 0:
             worse += 1
-            worse_down += new < old
+            if new < old:
+                worse_down += 1
     print("One update moved log pi as the columns say. Of the trajectories better than")
     print(f"their group's mean, {better_up} of {better} became more likely;", end=" ")
     print(f"of those worse, {worse_down} of {worse} became less likely.")

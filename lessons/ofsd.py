@@ -92,7 +92,7 @@ def show_divergences(world: World, pair: Pair, values: list[float | None]) -> No
     answer = pair.question["golden_answers"][0]
     print(f"{title}, wrong: {pair.student.answer}, not {answer}.")
     print("A number in braces is the divergence from the teacher at that token, in")
-    print(f"nats, where it is above {MARKED} (or below -{MARKED}).")
+    print(f"nats. It is shown from {MARKED} on.")
     print("The environment's tokens have none.\n")
     for token, value in zip(pair.student.response_ids, values, strict=True):
         mark = ""
@@ -104,7 +104,7 @@ def show_divergences(world: World, pair: Pair, values: list[float | None]) -> No
 
 
 def is_marked(value: float | None) -> bool:
-    return value is not None and abs(value) >= MARKED
+    return value is not None and value >= MARKED
 
 
 def colour_of(value: float | None) -> str:
@@ -112,7 +112,7 @@ def colour_of(value: float | None) -> str:
         return BLUE
     if not is_marked(value):
         return PLAIN
-    if abs(value) < LARGE:
+    if value < LARGE:
         return YELLOW
     return RED
 

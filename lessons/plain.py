@@ -52,8 +52,8 @@ def search(query):
 
 # %% [markdown]
 # **A trajectory.** The policy writes <search>words</search>, up to four times, and at
-# last <answer>name</answer>. The reward is exact match (EM): 1 if that is a golden
-# answer but for capitals, punctuation and articles, else 0. Only its text is trained.
+# last <answer>name</answer>. Only what it writes is trained. The reward is exact match
+# (EM): 1 if this is a golden answer but for capitals, punctuation, articles, else 0.
 # %%
 def normalize(text):
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
@@ -111,8 +111,8 @@ def rollout(question, greedy=False):
 # %% [markdown]
 # **GRPO** (group relative policy optimization). A group is five trajectories for one
 # question. Above their mean reward the advantage is above 0, and what the policy wrote
-# becomes likelier; below, less likely. The clip ends a push once a probability has gone
-# a fifth its way since the token was drawn: never here, with one update a batch.
+# becomes likelier; below, less likely. The clip ends a push once it has changed the
+# probability of a token by a fifth: never here, with one update a batch.
 # %%
 def sample_group(question):
     group = [rollout(question) for _ in range(5)]
@@ -133,10 +133,10 @@ def grpo_losses(trajectory):
     predicted = policy_logprobs(trajectory.prompt, trajectory)  # (N, V)
     written = torch.tensor(trajectory.response)[trajectory.mask]  # (N,)
     logprobs = predicted[range(len(written)), written]  # (N,)
-    ratio = torch.exp(logprobs - torch.tensor(trajectory.logprobs))
-    gain = ratio * trajectory.advantage
-    clipped = ratio.clamp(0.8, 1.2) * trajectory.advantage
-    return -torch.minimum(gain, clipped)
+    ratio = torch.exp(logprobs - torch.tensor(trajectory.logprobs))  # (N,)
+    gain = ratio * trajectory.advantage  # (N,)
+    clipped = ratio.clamp(0.8, 1.2) * trajectory.advantage  # (N,)
+    return -torch.minimum(gain, clipped)  # (N,)
 
 
 def update(losses_of, trajectories):
@@ -149,12 +149,12 @@ def update(losses_of, trajectories):
 
 
 # %% [markdown]
-# **OFSD** (offline self-distillation). The reference: a correct trajectory with the
-# fewest searches. The student's: a wrong one if there is any, else the most different.
-# The student is the policy with the question alone; the teacher is the same policy with
-# a privileged prompt, which shows the reference. The student learns the teacher's
-# predictions at its own tokens. The teacher is frozen, asked once before these updates:
-# else both could drift together.
+# **OFSD** (offline self-distillation). The reference is a correct trajectory with the
+# fewest searches. The student's trajectory is a wrong one if there is any, or else the
+# right one that differs most. The student is the policy with the question alone; the
+# teacher is the same policy with a privileged prompt, which shows the reference. The
+# student learns the teacher's predictions at its own tokens. The teacher is frozen,
+# asked once before these updates: else both could drift together.
 # %%
 def mine(group):
     reference = min(group, key=lambda other: (-other.reward, other.searches))

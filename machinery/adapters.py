@@ -74,8 +74,8 @@ def add_adapters(model, rank: int) -> None:
 def merge_adapters(model) -> None:
     """Add the adapters to the weights, and put the linear layers back.
 
-    The weights are float32. In bfloat16 most of a small update would be rounded away,
-    as a test shows. All weights can be trained then.
+    Afterwards all weights can be trained. They are float32: in bfloat16 most of a small
+    update would be rounded away, as a test shows.
     """
     for parent, name, adapter in layers_of(model, LoRA):
         adapter.linear.weight += 2 * adapter.B @ adapter.A

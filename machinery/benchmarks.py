@@ -70,7 +70,7 @@ def parse_flags() -> Namespace:
         help="precision of matrix products",
     )
     parser.add_argument("--out", help="write results, and what made them, to this file")
-    if not sys.argv[1:]:
+    if len(sys.argv) == 1:
         raise BadInput(
             "usage: python eval.py --model M --questions Q --corpus C, or --help; "
             "the lesson is python -m lessons.evaluation"
@@ -82,6 +82,8 @@ def parse_flags() -> Namespace:
         parser.error("--k must be at least 1")
     if flags.max_searches is not None and flags.max_searches < 0:
         parser.error("--max-searches must be at least 0")
+    if flags.data and flags.questions:
+        parser.error("--data is for --benchmarks: with --questions give --corpus")
     return flags
 
 
@@ -108,13 +110,14 @@ def question_sets(flags: Namespace) -> list[QuestionSet]:
         names = benchmark_names(flags.benchmarks)
         sets = [load_benchmark(name, flags.data) for name in names]
     for question_set in sets:
-        question_set.questions = question_set.questions[: flags.limit]
+        if flags.limit is not None:
+            question_set.questions = question_set.questions[: flags.limit]
         if flags.corpus or flags.retriever_url:
             continue
         if question_set.corpus is None or not Path(question_set.corpus).is_file():
             raise BadInput(
-                f"no corpus for {question_set.name}: "
-                "give --corpus, --retriever-url or --data"
+                f"no corpus for {question_set.name}: give --corpus or --retriever-url,"
+                " or with --benchmarks --data, a folder that has SET/corpus.jsonl"
             )
     return sets
 

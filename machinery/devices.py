@@ -43,7 +43,7 @@ def choose_arithmetic(name: str, device: str) -> torch.dtype:
 def arithmetic(model):
     """A context in which the matrix products of this model use its arithmetic.
 
-    load_model notes the choice in model.arithmetic. Weights stay float32: autocast
+    place_model notes the choice in model.arithmetic. Weights stay float32: autocast
     rounds a copy, and keeps it until the context ends. So no context may enclose an
     optimizer step. Where float32 was chosen, a caller's own autocast is left alone.
     """
@@ -60,9 +60,9 @@ def arithmetic(model):
 def frozen_kept(model):
     """A context for sampling, in which autocast keeps copies of frozen weights, too.
 
-    It keeps the copies of weights that require a gradient only. While no gradients are
-    computed we may say that all do: else the weights beside adapters are rounded anew
-    for each token. The copies take 2 bytes a weight.
+    By itself it keeps only the copies of weights that require a gradient. While no
+    gradients are computed we may say that all do: else the weights beside adapters are
+    rounded anew for each token. The copies take 2 bytes a weight.
     """
     frozen = [weight for weight in model.parameters() if not weight.requires_grad]
     for weight in frozen:

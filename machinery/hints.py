@@ -10,27 +10,27 @@ NOTHING_EARNED = (
 )
 
 
-def nothing_earned(statistics: list[dict]) -> bool:
+def nothing_earned(history: list[dict]) -> bool:
     """Were the first steps of a stage without any reward? True at one step only."""
-    if len(statistics) != HOPELESS_STEPS:
+    if len(history) != HOPELESS_STEPS:
         return False
-    return all(step["reward"] == 0 and step["zero_var"] == 1 for step in statistics)
+    return all(step["reward"] == 0 and step["zero_var"] == 1 for step in history)
 
 
 def bytes_per_token(tokenizer, questions: list[dict]) -> float:
-    """How much text a token holds in these questions. An unknown one holds none.
+    """Bytes of text per token, in the first 100 questions. An unknown token has none.
 
     A tokenizer that knows a language needs a token for some four bytes, and for three
     where it is written without spaces. The micro model reads English at about 1.5.
     """
     tokens = 0
-    size = 0
+    known_bytes = 0
     for question in questions[:100]:
         ids = encode(tokenizer, question["question"])
         tokens += len(ids)
         known = [token for token in ids if token != tokenizer.unk_token_id]
-        size += len(decode(tokenizer, known).encode())
-    return size / max(tokens, 1)
+        known_bytes += len(decode(tokenizer, known).encode())
+    return known_bytes / max(tokens, 1)
 
 
 def foreign_words(model_name: str, tokenizer, questions: list[dict]) -> str:

@@ -26,6 +26,7 @@ def read_jsonl(path, form=dict) -> Iterator:
                 if not isinstance(row, dict):
                     raise ValueError(f"expected a JSON object, not {str(row)[:50]}")
                 yield form(row)
+                where = path  # this line was good: what fails next is the file's
                 empty = False
         if empty:
             raise ValueError("there is nothing in it")
@@ -40,11 +41,12 @@ def open_bytes(path):
     return open(path, "rb")
 
 
-def write_jsonl(path, rows: Iterable[dict]) -> None:
-    """Write one object a line, in UTF-8 with line feeds on every system."""
+def write_jsonl(path, rows: Iterable[dict], mode: str = "w") -> None:
+    """Write one object a line, in UTF-8 with line feeds on every system. The mode "a"
+    adds them to a file."""
     # JSON can hold half of a character and UTF-8 cannot: it is written as an escape.
     with open(
-        path, "w", encoding="utf-8", errors="backslashreplace", newline="\n"
+        path, mode, encoding="utf-8", errors="backslashreplace", newline="\n"
     ) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""What a step of GRPO logs about its trajectories, before it trains on them."""
+"""What a step of GRPO logs about its trajectories, whatever it learns from them."""
 
 from statistics import fmean as mean
 

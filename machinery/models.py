@@ -34,7 +34,6 @@ NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
 
 def load_model(
     name: str,
-    day: str = "",
     device: str = "auto",
     arithmetic: str = "auto",
     *,
@@ -42,12 +41,11 @@ def load_model(
 ):
     """(model, tokenizer) from a folder or a hub name. Its weights are float32.
 
-    day, as 2026-01-31, is written into a chat template that asks for the date. For
-    device and arithmetic see machinery/devices.py. Raises BadInput for what cannot be
-    loaded, or not be sampled exactly, or, if it is to_train, not be trained exactly.
+    For device and arithmetic see machinery/devices.py. Raises BadInput for what cannot
+    be loaded, or not be sampled exactly, or, if it is to_train, not be trained exactly.
     """
     place = choose_device(device)
-    model, tokenizer = read_model(name, day)
+    model, tokenizer = read_model(name)
     with refusing(f"cannot use {name}"):
         check_sampling(model, tokenizer)  # on the CPU, where float32 leaves no doubt
         if to_train:
@@ -56,8 +54,7 @@ def load_model(
 
 
 def place_model(model, device: str, arithmetic: str):
-    """Move a model to its device, and note its arithmetic."""
-    device = choose_device(device)
+    """Move a model to a device that choose_device chose, and note its arithmetic."""
     model.arithmetic = choose_arithmetic(arithmetic, device)
     return model.to(device)
 
@@ -91,7 +88,10 @@ def raised_here(error: Exception) -> bool:
 
 
 def read_model(name: str, day: str = ""):
-    """(model, tokenizer) on the CPU, unchecked."""
+    """(model, tokenizer) on the CPU, unchecked.
+
+    day, as 2026-01-31, is written into a chat template that asks for the date.
+    """
     # One line of ours is enough, in place of the libraries' reports.
     for library in ("huggingface_hub", "transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -169,7 +169,8 @@ def write_date(tokenizer, day: str) -> None:
     try:
         parsed = date.fromisoformat(day)
     except ValueError as error:
-        raise BadInput(f"a date is written as 2026-01-31, not {day!r}") from error
+        message = f"--date: a date is written as 2026-01-31, not {day!r}"
+        raise BadInput(message) from error
 
     def written(match: re.Match) -> str:
         return repr(parsed.strftime(match[2]))
@@ -193,7 +194,8 @@ def check_sampling(model, tokenizer) -> None:
     """Raise BadInput where sampling would not be exact, or where no turn could end."""
     check_tokenizer(model, tokenizer)
 
-    # A cache keeps what a token saw. It must have seen all, and must not move.
+    # The cache keeps the keys and values of each token. They stay right only if a token
+    # sees all before it, and if no later token changes its position.
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"]
     window = getattr(config, "sliding_window", None)
@@ -279,8 +281,9 @@ def frozen_copy(model):
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
-    """Write beside, then replace: if that is cut short, folder.new is whole.
+    """Write folder.new, then let it replace the folder.
 
+    A save that is cut short leaves an old folder whole until folder.new is whole.
     Raises BadInput where the disk refuses.
     """
     new = folder.with_name(folder.name + ".new")

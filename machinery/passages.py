@@ -25,8 +25,8 @@ def to_passage(row: dict, score: float = 0.0) -> Passage:
     """A passage from {"id", "title", "text"} or from {"id", "contents"}.
 
     Search-R1 and FlashRAG write the second: the first line of contents is the title,
-    often in quotation marks. If there is a "title", too, that is no line of contents,
-    all of contents is text. ValueError is raised for anything else.
+    often in quotation marks. If there is also a "title", and it is not the first line
+    of contents, then all of contents is text. ValueError is raised for anything else.
     """
     title = row.get("title", "")
     text = row.get("text")

@@ -91,7 +91,7 @@ def time_as_text(value: object) -> str:
 
 
 def to_question(row: dict) -> dict:
-    """The row without its empty values. ValueError: question or answers are missing."""
+    """The row without what is null. ValueError: question or answers are missing."""
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError('"question" is missing or empty')

@@ -65,9 +65,12 @@ class RemoteRetriever:
             try:
                 return within(self.timeout, post, self.url, body, self.timeout)
             except NO_ANSWER as error:
-                failure = error
                 if is_refusal(error):
-                    break
+                    raise BadInput(
+                        f"{self.url} refuses the request ({error}): is the address "
+                        "right?"
+                    ) from error
+                failure = error
         reason = f"{type(failure).__name__} {failure}"
         raise BadInput(
             f"no answer from {self.url} in {attempt} attempts ({reason})"

@@ -25,7 +25,9 @@ import torch
 
 from eval import exact_match, normalize_answer, score
 from machinery.adapters import add_adapters, merge_adapters
+from machinery.devices import choose_device
 from machinery.errors import BadInput
+from machinery.json_lines import write_jsonl
 from machinery.models import (
     check_sampling,
     check_training,
@@ -62,7 +64,13 @@ SHOWN_PAIRS = 20  # so many pairs of a stage are logged token by token
 
 
 class Run:
-    """The policy and its tools, the questions, and the files of the run."""
+    """The policy and its tools, the questions, and the files of the run.
+
+    logs: files of the folder that grow with the run. One that is resumed cuts them to
+    where its checkpoint was.
+    """
+
+    logs = ("metrics.jsonl", "trajectories.jsonl")
 
     def __init__(self, config, resume: bool = False):
         """What can be wrong with the input is found before any work is done."""
@@ -74,6 +82,7 @@ class Run:
             raise BadInput(
                 f"{self.folder} exists already: choose another --out, or remove it"
             )
+        self.device = choose_device(config.device)
         self.load_questions()
         self.open_retriever()
         self.load_policy()
@@ -129,7 +138,7 @@ class Run:
                 add_adapters(self.model, lora_rank)
             check_training(self.model)
             merge_adapters(self.model)
-        self.model = place_model(self.model, config.device, config.arithmetic)
+        self.model = place_model(self.model, self.device, config.arithmetic)
         # Kept in the tokenizer's files: the trained model brings its prompt and limits.
         if config.prompt:
             prompt = whole_characters(config.prompt)
@@ -195,12 +204,14 @@ class Run:
     def test(self, stage: str, edges: dict | None = None) -> None:
         """Test the policy greedily, and end a stage. edges: the teacher's, for the log.
 
-        The checkpoint comes last. A run that is killed before it makes the test again.
+        The checkpoint comes last. So a run that is killed earlier repeats the test.
         """
         trajectories = self.sample(
             self.test_set, temperature=0.0, progress=f"test {stage}"
         )
-        metrics = {**score(self.test_set, trajectories), **(edges or {})}
+        metrics = score(self.test_set, trajectories)
+        if edges is not None:
+            metrics.update(edges)
         evaluation = self.log("eval", stage, **metrics)
         self.evaluations.append(evaluation)
         for question, trajectory in zip(self.test_set, trajectories, strict=True):
@@ -244,14 +255,8 @@ class Run:
     def append(self, name: str, kind: str, stage: str, **values) -> dict:
         """Add a line to a log, and return it. JSON knows no NaN: it becomes null."""
         line = {"kind": kind, "stage": stage, **values}
-        if rank() > 0:
-            return line
-        text = json.dumps(without_nan(line), ensure_ascii=False)
-        path = self.folder / name
-        with path.open(
-            "a", encoding="utf-8", errors="backslashreplace", newline="\n"
-        ) as file:
-            file.write(text + "\n")
+        if rank() == 0:
+            write_jsonl(self.folder / name, [without_nan(line)], mode="a")
         return line
 
     def as_json(self, question: dict, trajectory: Trajectory) -> dict:
@@ -373,9 +378,11 @@ class Run:
         if rank() > 0:
             return
         sizes = {}
-        for path in self.folder.glob("*.jsonl"):
-            sync(path)  # a log on disk is never shorter than the checkpoint says
-            sizes[path.name] = path.stat().st_size
+        for name in self.logs:
+            path = self.folder / name
+            if path.exists():
+                sync(path)  # a log on disk is never shorter than the checkpoint says
+                sizes[name] = path.stat().st_size
         state = {
             "stage": stage,
             "step": step,
@@ -451,9 +458,11 @@ class Run:
                     f"{path} is shorter than the last checkpoint says: it is damaged,"
                     " and the run cannot go on"
                 )
-        for path in self.folder.glob("*.jsonl"):
-            with path.open("r+b") as file:
-                file.truncate(sizes.get(path.name, 0))
+        for name in self.logs:
+            path = self.folder / name
+            if path.exists():
+                with path.open("r+b") as file:
+                    file.truncate(sizes.get(name, 0))
 
     def lock(self) -> None:
         """Refuse a run that another process is still running. The lock ends with it."""
@@ -462,7 +471,7 @@ class Run:
         self.lock_file = (self.folder / "lock").open("w")
         try:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:  # somebody holds it
             message = f"{self.folder} is still being run by another process"
             raise BadInput(message) from error
 
@@ -482,8 +491,9 @@ class Run:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """What checkpoint() saved. A file of somebody else's holds numbers and text, but no
-    code that would run. Raises BadInput for what is no whole checkpoint."""
+    """What checkpoint() saved. Only numbers and text are read from the file. No code
+    in it is run, even if it is somebody else's. Raises BadInput for what is no whole
+    checkpoint."""
     try:
         with torch.serialization.safe_globals([Pair, Trajectory, Passage]):
             return torch.load(path, map_location="cpu", weights_only=True)

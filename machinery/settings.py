@@ -25,24 +25,23 @@ def check_setting(item: Field, value) -> None:
     choices = item.metadata["choices"]
     zero = item.metadata["zero"]
     is_number = item.type in (int, float)
-    wanted = "any"
+    wanted = item.type.__name__
     good = type(value) is item.type
     if is_number:
-        wanted = "at least 0 and below 2**32" if zero else "above 0 and below 2**32"
+        lowest = "at least 0" if zero else "above 0"
+        wanted += f", {lowest} and below 2**32"
         if item.type is float and type(value) is int:
             good = True
         if good:
             good = 0 < value < 2**32 or (value == 0 and zero)
     if item.type is str:
-        wanted = "without NUL and without half characters"
+        wanted += ", without NUL and without half characters"
         good = good and not IMPOSSIBLE.search(value)
     if choices:
-        wanted = f"one of {', '.join(choices)}"
+        wanted = f"{item.type.__name__}, one of {', '.join(choices)}"
         good = good and value in choices
     if not good:
-        raise BadInput(
-            f"{item.name} must be {item.type.__name__}, {wanted}, not {value!r}"
-        )
+        raise BadInput(f"{item.name} must be {wanted}, not {value!r}")
 
 
 def check_settings(config) -> None:
@@ -64,10 +63,10 @@ def read_settings(path, kind: type):
 
 
 def as_begun(config) -> tuple:
-    """(config, whether a run is to go on): with the date of the run in config.out.
+    """(config, True) with the date of the run in config.out; (config, False) if no run
+    is there.
 
-    Where there is no run yet the config stays as it is. A chat template may hold the
-    date, and a run may go on after midnight.
+    A chat template may hold the date, and a run may go on after midnight.
     """
     begun = Path(config.out) / "config.json"
     if not begun.exists():
@@ -93,6 +92,8 @@ def parse_flags(kind: type) -> tuple:
     for item in fields(kind):
         flag = "--" + item.name.replace("_", "-")
         text = f"{item.metadata['help']} (default: {item.default!r})"
+        if item.metadata["choices"]:
+            text += f": {', '.join(item.metadata['choices'])}"
         text = text.replace("%", "%%")
         if item.type is bool:
             action = BooleanOptionalAction

@@ -6,12 +6,13 @@ from machinery.ranks import gather
 class TokenStatistics:
     """Sums over the policy's tokens of an update."""
 
-    def __init__(self):
+    def __init__(self, with_kl: bool):
+        """with_kl: is there a reference policy?"""
         self.tokens = 0
         self.loss = 0.0
         self.clipped = 0.0
         self.entropy = 0.0
-        self.kl = None  # a number where there is a reference policy
+        self.kl = 0.0 if with_kl else None
         self.largest_gap = 0.0
 
     def add(self, loss, losses, entropies) -> None:
@@ -24,8 +25,8 @@ class TokenStatistics:
         self.entropy += entropies.sum().item()
         gap = losses.log_ratio.detach().abs().max().item()
         self.largest_gap = max(self.largest_gap, gap)
-        if losses.kl is not None:
-            self.kl = (self.kl or 0.0) + losses.kl.detach().sum().item()
+        if self.kl is not None:
+            self.kl += losses.kl.detach().sum().item()
 
     def summary(self) -> dict[str, float]:
         """The loss, means over the tokens of all devices, and how many they are."""
@@ -38,7 +39,6 @@ class TokenStatistics:
             "logprob_gap": max(part.largest_gap for part in ranks),
             "tokens_trained": sum(part.tokens for part in ranks),
         }
-        sums_of_kl = [part.kl for part in ranks if part.kl is not None]
-        if sums_of_kl:
-            summary["kl"] = sum(sums_of_kl) / tokens
+        if self.kl is not None:
+            summary["kl"] = sum(part.kl for part in ranks) / tokens
         return summary

@@ -1064,8 +1064,8 @@ MUTANTS = [
         (
             "machinery/hints.py",
             "told at every step",
-            "if len(statistics) != HOPELESS_STEPS:",
-            "if len(statistics) < HOPELESS_STEPS:",
+            "if len(history) != HOPELESS_STEPS:",
+            "if len(history) < HOPELESS_STEPS:",
         ),
         (
             "machinery/ranks.py",
@@ -1082,8 +1082,8 @@ MUTANTS = [
         (
             "machinery/token_statistics.py",
             "a sum of KLs",
-            "sum(sums_of_kl) / tokens",
-            "sum(sums_of_kl)",
+            "sum(part.kl for part in ranks) / tokens",
+            "sum(part.kl for part in ranks)",
         ),
         (
             "machinery/run.py",
@@ -1112,7 +1112,7 @@ MUTANTS = [
         (
             "machinery/run.py",
             "lines after the checkpoint stay",
-            "file.truncate(sizes.get(path.name, 0))",
+            "file.truncate(sizes.get(name, 0))",
             "file.truncate(path.stat().st_size)",
         ),
         (

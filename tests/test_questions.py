@@ -228,7 +228,7 @@ def test_the_hub_has_the_questions_of_the_seven_benchmarks(monkeypatch):
     hub = "RUC-NLPIR/FlashRAG_datasets"
     assert specs == [f"{hub}:{split}" for split in expected.split()]
     # They come without passages.
-    message = "no corpus for nq: give --corpus, --retriever-url or --data"
+    message = "no corpus for nq: give --corpus or --retriever-url, or with --benchmarks"
     with pytest.raises(BadInput, match=message):
         question_sets(flags(benchmarks="all", corpus=None))
 

@@ -165,7 +165,7 @@ NO_FORM = "not answer in Search-R1's form"
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
-        (404, b"no such page", "in 1 attempts .*404"),
+        (404, b"no such page", "refuses the request .*404"),
         (200, b"<html>", NO_FORM),
         (200, b"[" * 10**5, NO_FORM),
         (200, b"\xff", NO_FORM),

@@ -226,6 +226,10 @@ def test_parity_with_bm25s():
 # ------------------------------------------------ saved
 
 
+WORDS = {  # what is said of an unusable index, by whether a new one is saved
+    True: "Rebuilding it",
+    False: "Building one in memory: python retriever.py --save replaces it",
+}
 QUERIES = ["w0 w1 w7", "w250 w299", "title4 w0 w0", "", "absent"]
 STRANGE = Passage(
     "\ud800", 'a\x00\n\u2028"', "\ud83d <answer> \U0001f600 İ \u202eright"
@@ -313,7 +317,7 @@ def test_an_index_of_other_content_is_built_anew(corpus, capsys, age):
     for save in (False, True):
         assert open_index(corpus, save).search(QUERIES, 3) == expected
         said = capsys.readouterr().err
-        assert f"{corpus}.bm25 is the index of another corpus. Rebuilding it" in said
+        assert f"{corpus}.bm25 is the index of another corpus. {WORDS[save]}" in said
     assert open_index(corpus).search(QUERIES, 3) == expected
     assert capsys.readouterr().err == ""
 
@@ -332,7 +336,7 @@ def test_a_damaged_index_is_built_anew_with_a_word(corpus, capsys, damage):
         assert open_index(corpus, save).search(QUERIES, 3) == expected
         said = capsys.readouterr().err
         assert said.startswith(f"{corpus}.bm25 holds no usable index")
-        assert said.endswith("Rebuilding it\n")
+        assert said.endswith(f"{WORDS[save]}\n")
         assert said.count("\n") == 1
     assert open_index(corpus).search(QUERIES, 3) == expected
     assert capsys.readouterr().err == ""

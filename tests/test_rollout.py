@@ -22,7 +22,7 @@ import machinery.models
 import rollout as rollout_module
 from grpo import policy_hidden, response_logits, to_logits, token_logprobs
 from machinery.errors import BadInput
-from machinery.models import check_sampling, load_model, save_model
+from machinery.models import check_sampling, load_model, read_model, save_model
 from machinery.passages import Passage
 from machinery.text import TAGS, chat_ids, decode, encode, neutralise
 from rollout import (
@@ -218,7 +218,7 @@ def test_a_chat_template_that_asks_for_the_date_gets_the_given_one(
         "{{ messages[0]['content'] }}"
     )
     save_model(small_model("llama"), tokenizer, tmp_path / "model")
-    _, loaded = load_model(str(tmp_path / "model"), "2025-03-09")
+    _, loaded = read_model(str(tmp_path / "model"), "2025-03-09")
     assert decode(loaded, chat_ids(loaded, "Who?")) == "09 March 2025, 2025: Who?"
 
 

@@ -195,13 +195,16 @@ def test_a_checkpoint_is_due_after_so_many_steps(save_every):
 
 
 def test_logs_are_cut_to_what_the_checkpoint_knows(tmp_path):
-    run = SimpleNamespace(folder=tmp_path)
+    run = SimpleNamespace(folder=tmp_path, logs=Run.logs)
     metrics = tmp_path / "metrics.jsonl"
-    later = tmp_path / "later.jsonl"
+    later = tmp_path / "trajectories.jsonl"
+    a_users_own = tmp_path / "notes.jsonl"
     metrics.write_text("known\nunknown\n")
     later.write_text("unknown\n")
+    a_users_own.write_text("mine\n")
     Run.shorten_logs(run, {"metrics.jsonl": 6})
     assert (metrics.read_text(), later.read_text()) == ("known\n", "")
+    assert a_users_own.read_text() == "mine\n"
     for sizes in ({"metrics.jsonl": 7}, {"metrics.jsonl": 6, "gone.jsonl": 1}):
         with pytest.raises(BadInput, match="is shorter than the last checkpoint says"):
             Run.shorten_logs(run, sizes)

@@ -200,7 +200,7 @@ def chunk_of(*log_ratios: float, clipped: int = 0, kl: float | None = None):
 
 def test_an_update_logs_the_mean_token_and_the_largest_gap(monkeypatch):
     """The chunks have different sizes, and one device has none of the tokens."""
-    statistics = TokenStatistics()
+    statistics = TokenStatistics(with_kl=True)
     statistics.add(*chunk_of(0.1, -0.4, 0.0, clipped=2, kl=0.5))
     statistics.add(*chunk_of())
     statistics.add(*chunk_of(0.2, clipped=0, kl=0.1))
@@ -214,8 +214,8 @@ def test_an_update_logs_the_mean_token_and_the_largest_gap(monkeypatch):
     }
     assert statistics.summary() == pytest.approx(alone)
 
-    idle = TokenStatistics()
-    other = TokenStatistics()
+    idle = TokenStatistics(with_kl=True)
+    other = TokenStatistics(with_kl=True)
     other.add(*chunk_of(*[0.3] * 4, clipped=4, kl=0.0))
     devices = [idle, statistics, other]
     monkeypatch.setattr(token_statistics, "gather", lambda value: devices)
@@ -231,9 +231,12 @@ def test_an_update_logs_the_mean_token_and_the_largest_gap(monkeypatch):
 
 
 def test_without_a_token_or_a_penalty_there_is_no_division_and_no_kl():
-    statistics = TokenStatistics()
+    statistics = TokenStatistics(with_kl=False)
     nothing = {"loss": 0.0, "clip_frac": 0.0, "entropy": 0.0, "logprob_gap": 0.0}
     assert statistics.summary() == {**nothing, "tokens_trained": 0}
     statistics.add(*chunk_of(0.0))
     one = {**nothing, "tokens_trained": 1}
     assert statistics.summary() == {**one, "loss": 0.5, "entropy": 1.0}
+    # With a penalty its column is there, even if no token was sampled.
+    silent = TokenStatistics(with_kl=True)
+    assert silent.summary() == {**nothing, "tokens_trained": 0, "kl": 0.0}

@@ -318,7 +318,7 @@ def test_the_files_in_configs_are_settings(started):
             '{"rounds": null}',
             "rounds must be int, at least 0 and below 2**32, not None",
         ),
-        ('{"ofsd": 1}', "ofsd must be bool, any, not 1"),
+        ('{"ofsd": 1}', "ofsd must be bool, not 1"),
         ('{"model": 7}', "model must be"),
         ('{"clip": ["none"]}', "clip must be"),
         ('{"grpo_lr": NaN}', "grpo_lr must be float, above 0 and below 2**32, not nan"),

@@ -13,7 +13,7 @@ TOP = 44
 BOTTOM = 158
 MARGIN = 22  # between the frame and the first point
 NAMES = BOTTOM + 22  # where the names of stages stand
-MOST_LABELS = 6  # on the x axis; of more points every second or third has one
+MOST_LABELS = 6  # on the x axis; of more points some, at equal distances, and the last
 
 
 class Scale(NamedTuple):
@@ -55,7 +55,7 @@ def stage_chart(title: str, stages: list[str], values: list[float], form: str) -
         text = f"{value:{form}}"
         said.append(f"{stage} {text}")
         parts.append(f'<circle class="dot" cx="{x}" cy="{y}" r="4"/>')
-        if number % every == 0 or number == len(values) - 1:
+        if (len(values) - 1 - number) % every == 0:
             parts.append(words_at(x, y - 10, text, "strong"))
             parts.append(words_at(x, NAMES, stage))
     return picture(title, said, parts)

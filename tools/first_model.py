@@ -143,6 +143,8 @@ class FirstRun(Run):
     sampled.jsonl has the answers, and "em_sampled" in metrics.jsonl is their mean EM.
     """
 
+    logs = (*Run.logs, "sampled.jsonl")
+
     def test(self, stage: str, edges: dict | None = None) -> None:
         trajectories = self.sample(self.test_set, progress=f"sampled test {stage}")
         scores = score(self.test_set, trajectories)

@@ -2,7 +2,7 @@
 
 Three trainings share this one update: the start of a real model (tools/start.py),
 the warm start of the micro model (micro/make.py), and fine-tuning on references, which
-OFSD is compared with (experiments/evidence.py).
+OFSD is compared with (experiments/stages.py).
 """
 
 import math
@@ -61,15 +61,15 @@ def imitation_step(
     batch_loss = 0.0
     wanted = learned.any(dim=1).nonzero().flatten().tolist()
     for rows in my_share(micro_batches(lengths, micro_batch, among=wanted)):
-        # 2. The N learned tokens of a micro-batch, one trajectory after another.
+        # 2. The M learned tokens of a micro-batch, one trajectory after another.
         batch = [examples[row] for row in rows]
-        batch_ids = ids[rows][learned[rows]].to(model.device)  # (N,)
-        batch_weights = weights[rows][learned[rows]].to(model.device)  # (N,)
+        batch_ids = ids[rows][learned[rows]].to(model.device)  # (M,)
+        batch_weights = weights[rows][learned[rows]].to(model.device)  # (M,)
 
         # 3. Hidden states of all of them, then logits and loss of a chunk at a time.
         #    The chunks' gradients meet in leaf.grad, and go through the model once.
-        hidden = policy_hidden(model, batch)  # (N, H)
-        leaf = hidden.detach().requires_grad_()  # (N, H)
+        hidden = policy_hidden(model, batch)  # (M, H)
+        leaf = hidden.detach().requires_grad_()  # (M, H)
         for chunk in token_chunks(model, len(leaf)):
             logits = to_logits(model, leaf[chunk])  # (n, V)
             logprobs = token_logprobs(logits, batch_ids[chunk])  # (n,)

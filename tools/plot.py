@@ -55,16 +55,27 @@ def read_curves(folder: Path) -> Curves:
     step_count = 0
     tokens = 0
     for row in read_jsonl(log):
-        if row["kind"] != "eval":  # what a test samples is no part of training
-            step_count += row["kind"] == "step"
+        kind = row["kind"]
+        if kind == "step":
+            step_count += 1
+        if kind != "eval":  # what a test samples is no part of training
             sampled = row.get("tokens_sampled")
-            tokens = None if tokens is None or sampled is None else tokens + sampled
-        minutes = row.get("time_s", 0.0) / 60
-        place = (row["stage"], step_count, tokens, minutes)
-        if row["kind"] == "eval":
-            tests.append(Point("test", *place, row["em"]))
-        elif row["kind"] == "step" and row.get("reward") is not None:
-            steps.append(Point("step", *place, row["reward"]))
+            if tokens is None or sampled is None:
+                tokens = None
+            else:
+                tokens += sampled
+        point = Point(
+            kind="step",
+            stage=row["stage"],
+            steps=step_count,
+            tokens=tokens,
+            minutes=row.get("time_s", 0.0) / 60,
+            value=row.get("reward"),
+        )
+        if kind == "eval":
+            tests.append(point._replace(kind="test", value=row["em"]))
+        elif kind == "step" and point.value is not None:
+            steps.append(point)
     if not tests:
         raise BadInput(f"{folder} has no test yet: let it run on")
     return Curves(folder, tests, steps)

@@ -120,8 +120,10 @@ def make_start(
     for demonstration in demonstrations:
         trajectory = demonstration.trajectory
         if demonstration.right and shown < with_reference:
-            trajectory = show_reference(policy, tokenizer, trajectory)
-            shown += 1
+            privileged_one = show_reference(policy, tokenizer, trajectory)
+            if privileged_one is not trajectory:  # there was room for the reference
+                shown += 1
+            trajectory = privileged_one
         trajectories.append(trajectory)
     rng.shuffle(trajectories)
     print(
@@ -175,8 +177,15 @@ def check_row(row: dict) -> dict:
 def is_demonstration(turns) -> bool:
     if not is_list_of_texts(turns) or not turns:
         return False
-    kinds = [(parse_turn(turn) or ("",))[0] for turn in turns]
-    return kinds == ["search"] * (len(turns) - 1) + ["answer"]
+    for number, turn in enumerate(turns, start=1):
+        parsed = parse_turn(turn)
+        if parsed is None:
+            return False
+        kind, _ = parsed
+        wanted = "answer" if number == len(turns) else "search"
+        if kind != wanted:
+            return False
+    return True
 
 
 def is_list_of_texts(value) -> bool:
@@ -243,7 +252,14 @@ def is_harmless(question: dict, tokenizer) -> bool:
         *question.get("supporting_titles", []),
         *question["golden_answers"],
     ]
-    return all(neutralise(text, tokenizer) == text for text in texts)
+    for text in texts:
+        if neutralise(text, tokenizer) != text:
+            return False
+    # A turn that comes with the question has Search-E1's tags, and no other markup.
+    for turn in question.get("demonstration", []):
+        if neutralise(turn, tokenizer, tags=()) != turn:
+            return False
+    return True
 
 
 def demonstrate(
@@ -264,9 +280,13 @@ def demonstrate(
     titles = set()  # of all passages that were found
     passages_read = []
     queries = [question["question"], *question.get("supporting_titles", [])]
-    for query in queries[:max_searches]:
+    searches = 0
+    for query in queries:
         if query in titles:
             continue
+        if searches == max_searches:
+            return None
+        searches += 1
         passages = index.search([query], k)[0]
         thought = "I need more." if titles else "I should look it up."
         steps.append(f"<think> {thought} </think>\n<search> {query} </search>")
