@@ -116,7 +116,8 @@ def test_stopped_after_every_checkpoint_and_resumed_it_ends_the_same(
     def checkpoint(run, stage, step):
         plain(run, stage, step)
         stages.append((stage, step))
-        for name in ("metrics.jsonl", "later.jsonl"):
+        (run.folder / "a-users-own.jsonl").write_text("kept\n")
+        for name in Run.logs:
             with open(run.folder / name, "a") as file:
                 file.write('{"a line": "that the checkpoint does not know"}\n')
         raise KeyboardInterrupt
@@ -142,7 +143,7 @@ def test_stopped_after_every_checkpoint_and_resumed_it_ends_the_same(
     ]
     assert train(config, resume=True) == tmp_path / "run"
     same(undisturbed[lora], tmp_path / "run")
-    assert (tmp_path / "run/later.jsonl").read_text() == ""
+    assert (tmp_path / "run/a-users-own.jsonl").read_text() == "kept\n"
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [
         "last.pt"
     ]
