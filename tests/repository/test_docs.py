@@ -390,13 +390,23 @@ def test_what_is_said_of_chosen_settings_is_what_the_evidence_says(trials, loop)
     assert f"mean of {loop['search-e1'][3]} on twenty" in page
 
 
+def test_the_verdicts_on_an_agents_references_are_those_of_the_evidence():
+    section = sections_of_evidence()["References by an agent: verdicts"]
+    page = flat(text_of("results/README.md"))
+    questions = [cells for cells in cells_of(section).values() if "±" in cells[0]]
+    assert len(questions) == 8
+    for cells in questions:
+        row = f"| {' | '.join(cells)} |"
+        assert re.sub(r"([+-]|± )0[.]", r"\1.", row) in page
+
+
 def test_the_seconds_of_a_run_are_those_of_the_evidence():
     seconds = []
     for section in sections_of_evidence().values():
         rows = cells_of(section)
         if rows.get("arm", [""])[-1] == "seconds":
             seconds += [int(rows[arm][-1]) for arm in ("grpo", "rft", "search-e1")]
-    assert len(seconds) == 6
+    assert len(seconds) == 12
     said = f"{min(seconds)} to {max(seconds)} seconds a run"
     assert said in flat(DOCS["teaching"])
 
