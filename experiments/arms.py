@@ -316,7 +316,7 @@ AGENT_TRIALS_2 = {
     ),
 }
 
-# The best trials by the area. Five of OFSD's with the foreigner's references are equal,
+# The best trials by the area. Four of OFSD's with the foreigner's references are equal,
 # since the stage was skipped: it is the one that is best with the expert's.
 AGENT = {
     "grpo": ARMS["grpo"],

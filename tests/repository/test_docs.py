@@ -398,6 +398,11 @@ def test_the_verdicts_on_an_agents_references_are_those_of_the_evidence():
     for cells in questions:
         row = f"| {' | '.join(cells)} |"
         assert re.sub(r"([+-]|± )0[.]", r"\1.", row) in page
+    evidence = text_of("results/evidence.md")
+    changes = re.findall(r"change on the others, \w+: (.*)", evidence)
+    assert len(changes) == 4
+    for change in changes:
+        assert re.sub(r"([+-]|± )0[.]", r"\1.", change) in page
 
 
 def test_the_seconds_of_a_run_are_those_of_the_evidence():
