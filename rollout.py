@@ -542,7 +542,8 @@ class RowCache(Cache):
         self.slots = start + torch.arange(size, device=device)  # (n, S)
         self.used = max(lengths) + size
         # A token sees the slots up to its own. The mask is added to the scores: one of
-        # True and False would be turned into such a one in every layer. (n, 1, S, used)
+        # True and False would be turned into such a one in every layer.
+        # (n, 1, S, used)
         seen = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]
         mask = torch.where(seen, 0.0, -torch.inf).to(product_dtype(model))
 

@@ -15,8 +15,9 @@
     python -m experiments.tables              # tables and figures of what these leave
 
 Trials and ablations are tested on validation questions, and the arms on test questions:
-each part has its own, and each is used once.
-arms.py says what the arms are, stages.py what they do and how their cost is counted.
+each part has its own, and each is used once. arms.py says what the arms are, stages.py
+what they do and how their cost is counted.
+
 Run it from the repository's root. Stop it and start it again at will: a finished run is
 a file in results/evidence/ and is not run again; an unfinished one is a folder in
 runs/evidence/ and begins anew. To use two cores start it twice, with OMP_NUM_THREADS=1,

@@ -90,17 +90,17 @@ def draw(
 def main() -> None:
     draw(
         final_tables(),
-        "exact match on test questions",
-        "searches a question",
-        4,
-        DEFAULT / "figure.png",
+        left_title="exact match on test questions",
+        right_title="searches a question",
+        right_top=4,
+        target=DEFAULT / "figure.png",
     )
     draw(
         first_models(),
-        "exact match of samples",
-        "exact match, greedy",
-        1,
-        FIRST_MODEL / "figure.png",
+        left_title="exact match of samples",
+        right_title="exact match, greedy",
+        right_top=1,
+        target=FIRST_MODEL / "figure.png",
     )
 
 

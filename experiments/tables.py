@@ -658,10 +658,8 @@ def main() -> None:
     print(text)
     draw("loop", "From the base model")
     draw("plateau", "From a policy that GRPO improves no more")
-    if read_part("agent"):
-        draw("agent", "With references of its own, and by an agent")
-    if read_part("retention"):
-        draw_retention("retention")
+    draw("agent", "With references of its own, and by an agent")
+    draw_retention("retention")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ model can know them. A passage states one fact, as in
     The ruler of Stupum Falls is Mekik Miller.
 
 and a search shows one passage. For two of four relations a question has another noun
-than the passages: it asks for the mayor of Stupum Falls. The query
-"ruler of Stupum Falls" finds the passage. "mayor of Stupum Falls" means the same, and
-finds just any passage about the town.
+than the passages: it asks for the mayor of Stupum Falls. The query "ruler of Stupum
+Falls" finds the passage. "mayor of Stupum Falls" means the same, and finds just any
+passage about the town.
 
 The model gets its start from demonstrations by a clumsy agent (tools/start.py). So it
 has three things to learn, and a question of one to three hops needs all of them:
