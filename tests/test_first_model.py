@@ -86,7 +86,8 @@ def test_sets_share_no_question_and_the_tests_no_name_with_the_training(sets):
         for name, rows in sets.items()
     }
     seen = names["demonstrations"] | names["train"]
-    assert not seen & (names["validation"] | names["test"])
+    for name in ("validation", "test", "retest"):
+        assert not seen & names[name]
     for name, (count, _) in english.SETS.items():
         hops = [question["hops"] for question in sets[name]]
         for number, share in english.SHARES.items():
@@ -356,4 +357,5 @@ def test_the_settings_are_those_of_train_py():
 
     settings = json.loads((ROOT / "configs/first-model.json").read_text())
     config = Config(**settings)
-    assert config.eval_limit >= 100 and config.rounds == 2
+    assert len(load_questions(str(ROOT / config.eval_questions))) == 100
+    assert config.eval_limit == 0 and config.rounds == 2

@@ -51,8 +51,8 @@ from train import Config, run_stages
 ENGLISH = Path("micro/english")
 # These settings, and those of teach_the_tags, were chosen on validation questions.
 SETTINGS = "configs/first-model.json"
-DEMONSTRATIONS = 112
-PRIVILEGED = 47  # so many of them stand under the privileged prompt of OFSD's teacher
+DEMONSTRATIONS = 180
+PRIVILEGED = 76  # so many of them stand under the privileged prompt of OFSD's teacher
 WRONG_NOUNS = {ours for ours, theirs in NOUNS.items() if ours != theirs}
 RIGHT_NOUNS = {NOUNS[noun] for noun in WRONG_NOUNS}
 SMOLLM2 = Path("smollm2/model")
