@@ -317,18 +317,23 @@ def test_habits_are_counted_by_stage(tmp_path, capsys):
         ("base", "q2", ["mayor of A", "founder of A"], "Found: B."),
         ("grpo-1", "q1", ["hometown of A", "ruler of B"], "Found: C."),
         ("grpo-1", "q2", ["ruler of A", "employer of B", "ruler of A"], ""),
+        # No search was left for its check, so this one has two queries. It went on.
+        ("ofsd-1", "q1", ["hometown of A", "ruler of B"], "Let me check."),
     ]
     with (tmp_path / "sampled.jsonl").open("w") as file:
         for stage, number, queries, text in samples:
+            reason = "searches" if stage == "ofsd-1" else "answer"
             row = {"stage": stage, "id": number, "queries": queries}
-            file.write(json.dumps(row | {"text": [[1, text]]}) + "\n")
+            row |= {"finish_reason": reason, "text": [[1, text]]}
+            file.write(json.dumps(row) + "\n")
     questions = [{"id": "q1", "hops": 2}, {"id": "q2", "hops": 3}]
     first_model.print_habits(tmp_path, questions)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         "stage wrong noun stops early checks repeats",
         "base 0.667 0.500 0.500 0.000",
         "grpo-1 0.000 0.000 0.000 0.500",
+        "ofsd-1 0.000 0.000 1.000 0.000",
     ]
 
 

@@ -218,7 +218,10 @@ def print_habits(folder: Path, questions: list[dict]) -> None:
             text = "".join(text for _, text in sample["text"])
             checked = text.count("Let me check")
             checks.append(checked > 0)
-            early.append(len(sample["queries"]) - checked < hops[sample["id"]])
+            # One that searched until no search was left did not stop.
+            stopped = sample["finish_reason"] != "searches"
+            hops_done = len(sample["queries"]) - checked
+            early.append(stopped and hops_done < hops[sample["id"]])
             repeats.append(len(set(sample["queries"])) < len(sample["queries"]))
             for query in sample["queries"]:
                 noun, _, _ = query.partition(" of ")
