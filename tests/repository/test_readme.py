@@ -105,7 +105,7 @@ def test_the_output_shown_is_that_of_seed_0():
         assert not line.strip() or line == "  ..." or line in log, line
 
 
-# ---------------------------------------------------------------- the evidence
+# ---------------------------------------------------------------- the first model
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -125,6 +125,9 @@ def test_the_results_of_the_first_model_are_those_of_its_logs(seed, test, folder
     sampled = [row["em_sampled"] for row in log if row["kind"] == "eval"]
     row = cells_of(RESULTS)[f"{test}seed {seed}: EM of samples"]
     assert row[:5] == [short(value) for value in sampled]
+
+
+# ---------------------------------------------------------------- the evidence
 
 
 def test_the_evidence_is_that_of_the_tables():
