@@ -45,10 +45,10 @@ def final_tables() -> dict[str, dict[str, list[float]]]:
     return {log.stem: final_table(log) for log in sorted(DEFAULT.glob("seed*.log"))}
 
 
-def first_models() -> dict[str, dict[str, list[float]]]:
+def first_models(folder: Path = FIRST_MODEL) -> dict[str, dict[str, list[float]]]:
     """{seed: {stage: [EM by samples, greedy EM]}} of tools/first_model.py's runs."""
     seeds = {}
-    for path in sorted(FIRST_MODEL.glob("seed*/metrics.jsonl")):
+    for path in sorted(folder.glob("seed*/metrics.jsonl")):
         stages = {}
         for row in read_jsonl(path):
             if row["kind"] == "eval":

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, line_of, read, run_here, run_main
 
 from machinery.errors import BadInput
+from machinery.json_lines import write_jsonl
 from machinery.passages import load_corpus
 from machinery.questions import load_questions
 from micro import english
@@ -295,13 +296,11 @@ def test_gains_are_paired_question_by_question(tmp_path, capsys):
         {"kind": "eval", "stage": "grpo-1", "n": 4, "em": 0.5, "em_sampled": 0.75},
     ]
     ems = {"base": [1, 0, 0, 0], "grpo-1": [1, 1, 1, 0]}
-    with (tmp_path / "metrics.jsonl").open("w") as file:
-        for test in tests:
-            file.write(json.dumps({**test, "time_s": 60}) + "\n")
-    with (tmp_path / "sampled.jsonl").open("w") as file:
-        for stage, values in ems.items():
-            for em in values:
-                file.write(json.dumps({"stage": stage, "em": em}) + "\n")
+    samples = []
+    for stage, values in ems.items():
+        samples += [{"stage": stage, "em": em} for em in values]
+    write_jsonl(tmp_path / "metrics.jsonl", [{**test, "time_s": 60} for test in tests])
+    write_jsonl(tmp_path / "sampled.jsonl", samples)
     first_model.print_gains(tmp_path)
     # The differences are 0, 1, 1, 0: mean .5, standard error sqrt(1/3 / 4).
     assert "+0.500 ± 0.566" in capsys.readouterr().out
@@ -320,12 +319,17 @@ def test_habits_are_counted_by_stage(tmp_path, capsys):
         # No search was left for its check, so this one has two queries. It went on.
         ("ofsd-1", "q1", ["hometown of A", "ruler of B"], "Let me check."),
     ]
-    with (tmp_path / "sampled.jsonl").open("w") as file:
-        for stage, number, queries, text in samples:
-            reason = "searches" if stage == "ofsd-1" else "answer"
-            row = {"stage": stage, "id": number, "queries": queries}
-            row |= {"finish_reason": reason, "text": [[1, text]]}
-            file.write(json.dumps(row) + "\n")
+    rows = []
+    for stage, number, queries, text in samples:
+        row = {
+            "stage": stage,
+            "id": number,
+            "queries": queries,
+            "finish_reason": "searches" if stage == "ofsd-1" else "answer",
+            "text": [[1, text]],
+        }
+        rows.append(row)
+    write_jsonl(tmp_path / "sampled.jsonl", rows)
     questions = [{"id": "q1", "hops": 2}, {"id": "q2", "hops": 3}]
     first_model.print_habits(tmp_path, questions)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -351,11 +355,16 @@ def test_corrections_are_counted_by_stage_and_searches(tmp_path, capsys):
         # These are about something else.
         ("ofsd-2", [objection(5, " To", " Let"), objection(5, " mayor", " ruler")]),
     ]
-    with (tmp_path / "trajectories.jsonl").open("w") as file:
-        file.write(json.dumps({"kind": "eval", "stage": "base"}) + "\n")
-        for stage, objections in pairs:
-            row = {"kind": "pair", "stage": stage, "divergence": divergence}
-            file.write(json.dumps({**row, "objections": objections}) + "\n")
+    rows = [{"kind": "eval", "stage": "base"}]
+    for stage, objections in pairs:
+        row = {
+            "kind": "pair",
+            "stage": stage,
+            "divergence": divergence,
+            "objections": objections,
+        }
+        rows.append(row)
+    write_jsonl(tmp_path / "trajectories.jsonl", rows)
     first_model.print_corrections(tmp_path)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[-4:] == [

@@ -247,32 +247,26 @@ def print_corrections(folder: Path) -> None:
 
     Counted in the pairs that were read token by token (log_pairs in machinery/run.py).
     """
-    counts = {}  # of each stage and number of searches: [too far, too early]
+    counts = {}  # a row of the table for each stage and number of searches
     for pair in read_jsonl(folder / "trajectories.jsonl"):
         if pair["kind"] != "pair":
             continue
         for place, written, preferred, *_ in pair["objections"]:
+            stage = pair["stage"]
             searches = searches_before(place, pair["divergence"])
-            count = counts.setdefault((pair["stage"], searches), [0, 0])
+            if searches == 0:
+                continue  # nothing is found yet, so there is nothing to stop with
+            new = {"stage": stage, "searches": searches, "too far": 0, "too early": 0}
+            row = counts.setdefault((stage, searches), new)
             if written[0] in GOES_ON and preferred[0] in STOPS:
-                count[0] += 1
+                row["too far"] += 1
             if written[0] in STOPS and preferred[0] in GOES_ON:
-                count[1] += 1
-    rows = []
-    for (stage, searches), (too_far, too_early) in sorted(counts.items()):
-        if searches > 0:
-            row = {
-                "stage": stage,
-                "searches": searches,
-                "too far": too_far,
-                "too early": too_early,
-            }
-            rows.append(row)
-    if not rows:
-        return  # no pairs were mined, or none has an objection
+                row["too early"] += 1
+    if not counts:
+        return  # no pairs were mined, or none has such an objection
     print("\nwhat the teacher objects to, after so many searches: the student went on")
     print("too far; it stopped too early")
-    print_table(rows)
+    print_table([counts[key] for key in sorted(counts)])
 
 
 def searches_before(place: int, divergence: list) -> int:

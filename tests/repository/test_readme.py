@@ -4,9 +4,9 @@ import re
 from statistics import mean
 
 import pytest
-from pages import DOCS, README, SIX, cells_of, flat, imports, rows_of, short, text_of
+from pages import DOCS, README, SIX, cells_of, flat, imports, short, text_of
 
-from experiments import tables
+from experiments import figures, tables
 
 SEEDS = range(5)
 RESULTS = text_of("results/README.md")
@@ -108,23 +108,27 @@ def test_the_output_shown_is_that_of_seed_0():
 # ---------------------------------------------------------------- the first model
 
 
+def first_model(seed: int, folder: str = "") -> tuple[list[str], list[str]]:
+    """EM by samples, and greedy, of each test: as the pages write them."""
+    stages = figures.first_models(figures.FIRST_MODEL / folder)[f"seed{seed}"]
+    sampled = [short(em) for em, _ in stages.values()]
+    greedy = [short(em) for _, em in stages.values()]
+    return sampled, greedy
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_table_of_the_first_model_is_that_of_its_logs(seed):
-    log = rows_of(f"results/first-model/seed{seed}/metrics.jsonl")
-    tests = [row for row in log if row["kind"] == "eval"]
-    sampled = [short(row["em_sampled"]) for row in tests]
-    greedy = [short(row["em"]) for row in tests]
+    sampled, greedy = first_model(seed)
     assert cells_of(README)[f"seed {seed}, sampled"] == sampled
     assert cells_of(README)[f"seed {seed}, greedy"] == greedy
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("test", "folder"), [("", ""), ("second test, ", "second/")])
+@pytest.mark.parametrize(("test", "folder"), [("", ""), ("second test, ", "second")])
 def test_the_results_of_the_first_model_are_those_of_its_logs(seed, test, folder):
-    log = rows_of(f"results/first-model/{folder}seed{seed}/metrics.jsonl")
-    sampled = [row["em_sampled"] for row in log if row["kind"] == "eval"]
+    sampled, _ = first_model(seed, folder)
     row = cells_of(RESULTS)[f"{test}seed {seed}: EM of samples"]
-    assert row[:5] == [short(value) for value in sampled]
+    assert row[:5] == sampled
 
 
 # ---------------------------------------------------------------- the evidence
